@@ -1,0 +1,1 @@
+"""Recipes as data: read by path, never imported."""

@@ -1,0 +1,57 @@
+"""Packaging: the repository root is the package ``vicinal`` and each room is a subpackage of it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+ROOMS = ("zoo", "kernels", "train", "eval", "configs", "checkpoints")
+
+
+def read_version() -> str:
+    return re.search(r'__version__ = "(.+?)"', (ROOT / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+
+def list_packages() -> list[str]:
+    """``vicinal`` and every room below it; tests and tools of the repository stay out of the wheel."""
+    found = find_packages(str(ROOT), include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")])
+    return ["vicinal", *(f"vicinal.{name}" for name in found)]
+
+
+setup(
+    name="vicinal",
+    version=read_version(),
+    description="Local-attention vision backbones for timm, with the attention operators that they share",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"vicinal": "."},
+    packages=list_packages(),
+    py_modules=[],
+    package_data={"vicinal.configs": ["*.yaml", "*/*.yaml"]},
+    exclude_package_data={"vicinal": ["setup.py"]},
+    install_requires=[
+        "torch>=2.8",
+        "torchvision>=0.23",
+        "timm>=1.0.30,<2",
+        "safetensors>=0.4",
+        "tyro>=0.9",
+        "rich>=13",
+        "PyYAML>=6",
+        "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    ],
+    extras_require={
+        "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
+        "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
+        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "expecttest", "ruff", "build", "wheel"],
+    },
+    entry_points={"console_scripts": ["vicinal = vicinal.__main__:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
