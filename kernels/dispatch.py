@@ -1,0 +1,352 @@
+"""Which implementation runs: the backends, how one is forced, and the one way operators are registered with torch.
+
+An operator is declared once, by an :class:`Operator` with its schema, its argument check and its backends. From that
+the class registers ``torch.ops.vicinal.<name>`` and ``torch.ops.vicinal.<name>_backward`` with fake implementations,
+autograd, autocast, vmap (an error) and flop counts, so that eager mode, TorchScript, FX, ``torch.compile`` and
+``torch.export`` all meet the same operator. Three backends can stand behind it:
+
+``reference``
+    Plain differentiable PyTorch in float32. It bypasses the operator, and is what ONNX export sees.
+``tiled``
+    PyTorch arranged for speed, with a closed-form backward. Runs on every device.
+``fused``
+    Triton kernels.
+"""
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .checks import canonicalize
+
+BACKENDS = ("auto", "reference", "tiled", "fused")
+ENVIRONMENT_VARIABLE = "VICINAL_KERNELS"
+
+_LIBRARY = torch.library.Library("vicinal", "FRAGMENT")
+_OPERATORS: dict[str, "Operator"] = {}
+_forced: str | None = None
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is not a backend; use one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for every operator of this package, in the whole process, until the block ends.
+
+    Blocks nest. The environment variable ``VICINAL_KERNELS`` does the same for a process; a block wins over it. A
+    backward pass uses the backend that is selected while it runs, except that ``reference`` is decided by the forward.
+
+    Args:
+        name: "reference", "tiled", "fused", or "auto" (the fastest that can run, the default).
+
+    Raises:
+        ValueError: the name is none of these. Forcing "fused" for a call that it cannot run raises at that call.
+    """
+    global _forced  # noqa: PLW0603 (torch.compile guards on a module global, not on a context variable)
+    outer, _forced = _forced, _check_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+def selected_backend() -> str:
+    """The backend asked for by :func:`backend`, else by ``VICINAL_KERNELS``, else "auto"."""
+    if _forced is not None:
+        return _forced
+    return _check_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax statistics and accumulation: float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def explain(op: str | Callable, *args: Any, **kwargs: Any) -> str:
+    """Say which backend would run a call, and why each faster one would not.
+
+    Args:
+        op: a public function of this package, or its name.
+        args, kwargs: the arguments of the call. Nothing is computed.
+
+    Returns:
+        One line naming the backend, then one line for each faster backend.
+
+    Raises:
+        ValueError: the operator is unknown, or the arguments are refused by the operator itself.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _OPERATORS:
+        raise ValueError(f"op={name!r} is not an operator of this package; use one of {', '.join(sorted(_OPERATORS))}")
+    return _OPERATORS[name].explain(*args, **kwargs)
+
+
+class Operator:
+    """An attention operator with its backends, registered with torch as ``vicinal::<name>``.
+
+    The forward operator returns ``(output, logsumexp)``: output has the shape of query and logsumexp, without gradient,
+    is ``(batch, *spatial, heads)`` in float32 (float64 for float64 inputs).
+
+    Args:
+        name: of the operator and of the public function.
+        schema: arguments of the forward operator in the order of the public function, in torch's schema language. The
+            first must be ``Tensor query``. Options are ``int[]``, ``bool[]``, ``str``, ``bool``, ``int`` or ``float?``;
+            a list may hold one element for all axes.
+        differentiable: names of the tensor arguments that have gradients.
+        check: called as ``check(*arguments)`` before any work; raises ValueError.
+        reference: called as ``reference(*arguments)``; returns the output, differentiable by autograd.
+        tiled: module with ``forward(*arguments) -> (output, logsumexp)`` and ``backward(grad_output, output, logsumexp,
+            needs_gradient, *arguments) -> list``: gradients of those differentiable arguments, in order, whose flag in
+            needs_gradient is set, each in the dtype of its argument. Both run below autograd and autocast, on
+            non-empty tensors; float16 arrives as float32 on the CPU.
+        keys_per_query: ``keys_per_query(*arguments)`` for the flop counts, with shapes in the place of tensors.
+        autocast: names of the tensor arguments that autocast converts.
+        fused: name of the module with the Triton kernels, imported when first needed. It has the functions of tiled and
+            ``refuse(*arguments) -> str | None``: why it cannot run this call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        differentiable: Sequence[str],
+        check: Callable[..., None],
+        reference: Callable[..., Tensor],
+        tiled: ModuleType,
+        keys_per_query: Callable[..., int],
+        autocast: Sequence[str] = ("query", "key", "value"),
+        fused: str | None = None,
+    ) -> None:
+        self.name = name
+        self.check = check
+        self.reference = reference
+        self.tiled = tiled
+        self.fused = fused
+        self.keys_per_query = keys_per_query
+        _LIBRARY.define(f"{name}({schema}) -> (Tensor, Tensor)")
+        _LIBRARY.define(
+            f"{name}_backward(Tensor grad_output, Tensor output, Tensor logsumexp, bool[] needs_gradient, {schema})"
+            " -> Tensor[]"
+        )
+        self.forward_op = getattr(torch.ops.vicinal, name)
+        self.backward_op = getattr(torch.ops.vicinal, f"{name}_backward")
+        self._read_schema(differentiable, autocast)
+        self._register_implementations()
+        self._register_autograd()
+        self._register_autocast()
+        self._register_flops()
+        _OPERATORS[name] = self
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Run on the arguments of the public function, all of them, in the order of the schema."""
+        arguments = self.canonicalize(arguments)
+        if selected_backend() == "reference" or torch.onnx.is_in_onnx_export():
+            return self._run_reference(arguments)
+        return self.forward_op(*arguments)[0]
+
+    def canonicalize(self, arguments: Sequence[Any]) -> tuple:
+        """Bring options to the types of the schema; looks at no tensor, so it is safe while tracing."""
+        declared = zip(self.names, self.kinds, arguments, strict=True)
+        return tuple(canonicalize(name, kind, value) for name, kind, value in declared)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = self.canonicalize(tuple(bound.arguments.values()))
+        self.check(*arguments)
+        asked = selected_backend()
+        refusal = self._refuse_fused(arguments)
+        unused = f"fused: {refusal or 'another backend is forced'}"
+        if asked == "fused" and refusal:
+            return f"{self.name}: no backend, because fused is forced\n{unused}"
+        if asked == "reference":
+            return f"{self.name}: reference, because it is forced\ntiled: another backend is forced\n{unused}"
+        if asked == "tiled":
+            return f"{self.name}: tiled, because it is forced\n{unused}"
+        return f"{self.name}: tiled\n{unused}" if refusal else f"{self.name}: fused"
+
+    def _read_schema(self, differentiable: Sequence[str], autocast: Sequence[str]) -> None:
+        declared = self.forward_op.default._schema.arguments
+        self.names = tuple(argument.name for argument in declared)
+        self.kinds = tuple(str(argument.type) for argument in declared)
+        self.defaults = tuple(argument.default_value for argument in declared)
+        self.differentiable = tuple(self.names.index(name) for name in differentiable)
+        self.autocast = tuple(self.names.index(name) for name in autocast)
+        self.signature = inspect.Signature(
+            inspect.Parameter(
+                argument.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=argument.default_value if argument.has_default_value() else inspect.Parameter.empty,
+            )
+            for argument in declared
+        )
+
+    def _complete(self, arguments: Sequence[Any]) -> tuple:
+        """Put back the trailing defaults, which torch's dispatcher leaves out."""
+        return (*arguments, *self.defaults[len(arguments) :])
+
+    def _run_reference(self, arguments: tuple) -> Tensor:
+        device_type = arguments[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            self.check(*arguments)
+            return self.reference(*arguments)
+        arguments = self._cast(arguments, device_type)
+        self.check(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return self.reference(*arguments)
+
+    def _refuse_fused(self, arguments: tuple) -> str | None:
+        if self.fused is None:
+            return "not built for this operator yet"
+        try:
+            return importlib.import_module(self.fused).refuse(*arguments)
+        except ModuleNotFoundError as error:
+            return f"the package {error.name} is not installed"
+
+    def _implementation(self, arguments: tuple) -> ModuleType:
+        asked = selected_backend()
+        # A graph that holds the operator runs it even under "reference": tiled is the plain PyTorch of the operator.
+        if asked in ("tiled", "reference"):
+            return self.tiled
+        refusal = self._refuse_fused(arguments)
+        if refusal is None:
+            return importlib.import_module(self.fused)
+        if asked == "fused":
+            raise ValueError(f"backend='fused' cannot run {self.name}: {refusal}; use backend='auto' or 'tiled'")
+        return self.tiled
+
+    def _register_implementations(self) -> None:
+        # CompositeExplicitAutograd: one implementation, below autograd, for every device that has no other.
+        _LIBRARY.impl(self.name, self._forward, "CompositeExplicitAutograd")
+        _LIBRARY.impl(f"{self.name}_backward", self._backward, "CompositeExplicitAutograd")
+        for name, fake in ((self.name, self._fake_forward), (f"{self.name}_backward", self._fake_backward)):
+            torch.library.register_fake(f"vicinal::{name}", fake, lib=_LIBRARY)
+            torch.library.register_vmap(f"vicinal::{name}", self._refuse_vmap, lib=_LIBRARY)
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        arguments = self._complete(arguments)
+        self.check(*arguments)
+        query = arguments[0]
+        if query.numel() == 0:
+            return self._fake_forward(*arguments)
+        output, logsumexp = self._implementation(arguments).forward(*_widen(arguments))
+        return output.to(query.dtype).contiguous(), logsumexp.contiguous()
+
+    def _backward(self, *arguments: Any) -> list[Tensor]:
+        grad_output, output, logsumexp, needs_gradient, *arguments = arguments
+        arguments = self._complete(arguments)
+        wanted = self._wanted(needs_gradient, arguments)
+        if grad_output.numel() == 0:
+            return [tensor.new_zeros(tensor.shape) for tensor in wanted]
+        statistics = _widen((grad_output, output, logsumexp))
+        gradients = self._implementation(arguments).backward(*statistics, needs_gradient, *_widen(arguments))
+        return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, wanted, strict=True)]
+
+    def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        query = arguments[0]
+        return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
+
+    def _fake_backward(self, *arguments: Any) -> list[Tensor]:
+        _, _, _, needs_gradient, *arguments = arguments
+        return [tensor.new_empty(tensor.shape) for tensor in self._wanted(needs_gradient, self._complete(arguments))]
+
+    def _wanted(self, needs_gradient: Sequence[bool], arguments: tuple) -> list[Tensor]:
+        return [arguments[index] for index, needed in zip(self.differentiable, needs_gradient, strict=True) if needed]
+
+    def _refuse_vmap(self, *_: Any) -> None:
+        raise NotImplementedError(f"{self.name} has no vmap rule; fold the mapped axis into the batch axis")
+
+    def _register_autograd(self) -> None:
+        torch.library.register_autograd(
+            f"vicinal::{self.name}", self._differentiate, setup_context=self._setup_context, lib=_LIBRARY
+        )
+        torch.library.register_autograd(f"vicinal::{self.name}_backward", self._refuse_double_backward, lib=_LIBRARY)
+
+    def _setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        inputs = self._complete(inputs)
+        ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.tensors = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*output, *(inputs[index] for index in ctx.tensors))
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def _differentiate(self, ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
+        if grad_output is None:
+            return (None,) * len(ctx.options)
+        output, logsumexp, *tensors = ctx.saved_tensors
+        arguments = list(ctx.options)
+        for index, tensor in zip(ctx.tensors, tensors, strict=True):
+            arguments[index] = tensor
+        needs_gradient = [index in ctx.tensors and ctx.needs_input_grad[index] for index in self.differentiable]
+        gradients = iter(self.backward_op(grad_output, output, logsumexp, needs_gradient, *arguments))
+        result = [None] * len(arguments)
+        for index, needed in zip(self.differentiable, needs_gradient, strict=True):
+            result[index] = next(gradients) if needed else None
+        return tuple(result)
+
+    def _refuse_double_backward(self, ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"{self.name} has no second derivative; for one, run the forward under vicinal.kernels.backend('reference')"
+        )
+
+    def _register_autocast(self) -> None:
+        for device_type in ("cpu", "cuda"):
+            key = f"Autocast{device_type.upper()}"
+            excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+            def forward(*arguments: Any, device_type: str = device_type, excluded: Any = excluded) -> tuple:
+                with torch._C._ExcludeDispatchKeyGuard(excluded):
+                    return self.forward_op(*self._cast(arguments, device_type))
+
+            # Without a rule of its own the backward would run its matrix products in the autocast dtype.
+            def backward(*arguments: Any, excluded: Any = excluded) -> list[Tensor]:
+                with torch._C._ExcludeDispatchKeyGuard(excluded):
+                    return self.backward_op(*arguments)
+
+            _LIBRARY.impl(self.name, forward, key)
+            _LIBRARY.impl(f"{self.name}_backward", backward, key)
+
+    def _cast(self, arguments: Sequence[Any], device_type: str) -> tuple:
+        dtype = torch.get_autocast_dtype(device_type)
+        result = list(arguments)
+        for index in self.autocast:
+            value = result[index] if index < len(result) else None
+            if value is not None and value.is_floating_point() and value.dtype != torch.float64:
+                result[index] = value.to(dtype)
+        return tuple(result)
+
+    def _register_flops(self) -> None:
+        """Forward: the two matrix products. Backward: five of that size, one of which recomputes the scores."""
+
+        def forward(query_shape: Sequence[int], *rest: Any, out_val: Any = None, **_: Any) -> int:
+            keys = self.keys_per_query(*self._complete((query_shape, *rest)))
+            return 2 * 2 * torch.Size(query_shape).numel() * keys
+
+        def backward(grad_shape: Any, output: Any, logsumexp: Any, needs_gradient: Any, *rest: Any, **_: Any) -> int:
+            return forward(*rest) * 5 // 2
+
+        register_flop_formula(self.forward_op)(forward)
+        register_flop_formula(self.backward_op)(backward)
+
+
+def _widen(arguments: Sequence[Any]) -> tuple:
+    """float16 to float32 on the CPU, whose float16 matrix products are two orders of magnitude slower."""
+
+    def widen(value: Any) -> Any:
+        slow = isinstance(value, Tensor) and value.dtype == torch.float16 and value.device.type == "cpu"
+        return value.float() if slow else value
+
+    return tuple(widen(value) for value in arguments)
