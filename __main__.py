@@ -1,2 +1,91 @@
-def main():
-    pass
+"""The ``vicinal`` command: hands over to the rooms, and imports only the one it needs."""
+
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+USAGE = """usage: vicinal COMMAND [options]     (vicinal COMMAND --help lists them)
+
+commands:
+  train    train an image classifier; torchrun -m vicinal.train runs it on several processes
+  eval     top-1 and top-5 accuracy of a checkpoint
+  report   draw the picture of a run: curves, predictions, attention maps
+  bench    measure the operators and models
+
+options:
+  --help, --version"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 stopped, 2 wrong usage or input."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        print(f"vicinal {__version__}")
+        return 0
+    if command == "bench":
+        from .eval import bench
+
+        return bench.main(rest)
+    from .train.errors import UserError, nearest, run_command
+
+    runners = {"train": _train, "eval": _classify, "report": _report}
+    if command not in runners:
+        hint = nearest(command, [*runners, "bench"], count=1) or "vicinal --help lists the commands"
+        return run_command(_refuse(UserError(f"unknown command {command!r}; {hint}")), rest)
+    return run_command(runners[command], rest)
+
+
+def _refuse(error: Exception):
+    def fail(_: Sequence[str]) -> int:
+        raise error
+
+    return fail
+
+
+def _train(argv: Sequence[str]) -> int:
+    from .train.distributed import join_world, leave_world
+    from .train.loop import train
+    from .train.recipe import parse_arguments
+
+    config = parse_arguments(argv)
+    world = join_world(config.run.device)
+    try:
+        outcome = train(config, world)
+    finally:
+        leave_world()
+    if world.is_primary:
+        _conclude(outcome, config.run.report)
+    return 0
+
+
+def _conclude(outcome, draws_report: bool) -> None:
+    """Say what came out and where it lies; drawing is the evaluation's task, which training does not know of."""
+    folder = outcome.folder
+    if draws_report:
+        from .eval.report import draw_report
+
+        draw_report(folder.path)
+    print(f"held-out accuracy: {outcome.top1:.2f} % (best {outcome.best_top1:.2f} % in epoch {outcome.best_epoch})")
+    print(f"checkpoint: {folder.path / 'best'}")
+    if draws_report:
+        print(f"picture: {folder.report}")
+
+
+def _classify(argv: Sequence[str]) -> int:
+    from .eval import classify
+
+    return classify.main(argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from .eval import report
+
+    return report.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Evaluation: accuracy of a checkpoint, throughput, and the picture of a run."""

@@ -1,0 +1,127 @@
+"""From configuration to model, task, optimizer and schedule; every name is checked before any work is done."""
+
+import inspect
+import re
+import sys
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, parse_model_name
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask
+from torch import nn
+
+from .. import zoo  # noqa: F401  registers our models with timm
+from .config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from .data import InputSpec
+from .distributed import World
+from .errors import UserError, first_line, nearest
+
+
+def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> nn.Module:
+    """Create the network.
+
+    Raises:
+        UserError: unknown name, unknown option, an option's value that the model refuses, or weights that are missing.
+    """
+    source, name = parse_model_name(config.name)
+    if not source:
+        _check_model_name(name, config.pretrained)
+    options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate, **config.model_kwargs}
+    if img_size is not None and not source and get_pretrained_cfg(name).fixed_input_size:
+        options.setdefault("img_size", img_size)
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise UserError(f"--model {config.name}: {_explain_option(error)}") from error
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise UserError(f"--model {config.name}: {first_line(error)}") from error
+
+
+def _check_model_name(name: str, pretrained: bool) -> None:
+    if not is_model(name):
+        hint = nearest(name.partition(".")[0], timm.list_models()) or "timm.list_models() lists them"
+        raise UserError(f"--model {name}: no such model; {hint}")
+    # timm only warns here, and would train from scratch.
+    if pretrained and not is_model_pretrained(name):
+        raise UserError(f"--model {name}: no released weights are known; leave out --pretrained")
+
+
+def _explain_option(error: TypeError) -> str:
+    """Name the unknown option and the nearest one that the model's class takes."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found:
+        return first_line(error)
+    class_name, option = found.groups()
+    classes = (getattr(module, class_name, None) for module in list(sys.modules.values()) if module)
+    owner = next((item for item in classes if inspect.isclass(item) and issubclass(item, nn.Module)), None)
+    allowed = list(inspect.signature(owner).parameters) if owner else []
+    hint = nearest(option, allowed) or f"options: {', '.join(allowed)}"
+    return f"unknown option {option!r} in --model-kwargs; {hint}"
+
+
+def build_task(model: nn.Module, config: TrainConfig, world: World) -> ClassificationTask:
+    """Model and loss as a timm task on the device, with average, compilation and DDP as configured."""
+    run = config.run
+    memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
+    model.to(world.device, memory_format=memory_format)
+    soft = config.augmentation.mixes
+    # Mixup smooths the targets itself, when it makes them soft.
+    loss = {"soft_targets": True} if soft else {"smoothing": config.optimizer.label_smoothing}
+    task = ClassificationTask(model, criterion_kwargs=loss, device=world.device, verbose=False)
+    if run.ema_decay is not None:
+        task.setup_ema(decay=run.ema_decay, use_warmup=run.ema_warmup)
+    if run.compile:
+        task.compile()
+    if world.is_distributed:
+        task.prepare_distributed(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+    return task
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameters, grouped by weight decay and layer."""
+    if config.optimizer not in list_optimizers():
+        hint = nearest(config.optimizer, list_optimizers()) or "timm.optim.list_optimizers() lists them"
+        raise UserError(f"--optimizer {config.optimizer}: no such optimizer; {hint}")
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **config.optimizer_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer {config.optimizer}: {first_line(error)}; see --optimizer-kwargs") from error
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler:
+    """The learning rate as a function of the number of updates done; it holds no state of its own."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.schedule,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The autocast context of the configured precision; does nothing for float32."""
+    dtype = getattr(torch, config.precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def record_input(model: nn.Module, spec: InputSpec, classes: list[str]) -> None:
+    """Note on the model how its images are prepared and its classes named; a saved model carries both."""
+    model.pretrained_cfg.update(
+        **spec.as_pretrained_cfg(), num_classes=len(classes), label_names=list(classes), test_input_size=None
+    )

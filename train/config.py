@@ -1,0 +1,267 @@
+"""Configuration of a training run: frozen dataclasses, one per concern.
+
+The string below a field is its ``--help`` text. A field's flag is its name with dashes, without the section
+(``schedule.epochs`` is ``--epochs``), so field names are unique across sections.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from .errors import UserError
+
+
+def parse_scalar(text: str) -> Any:
+    """A value as YAML reads it, and ``1e-3`` as the number that YAML 1.1 takes for a string."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _parse_pairs(items: list[str]) -> dict[str, Any]:
+    pairs = dict(item.split("=", 1) for item in items if "=" in item)
+    if len(pairs) != len(items):
+        raise ValueError("expected KEY=VALUE pairs with distinct keys")
+    return {key: parse_scalar(text) for key, text in pairs.items()}
+
+
+# A mapping on the command line: --model-kwargs kernel_size=5 qkv_bias=false
+Options = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE",
+        instance_from_str=_parse_pairs,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={item}" for key, item in value.items()],
+    ),
+]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network; its number of classes comes from the data."""
+
+    name: Annotated[str, tyro.conf.arg(name="model")] = "nat_pico"
+    """Any name that timm.create_model takes: ours, timm's, or local-dir:FOLDER with a saved model."""
+    pretrained: bool = False
+    """Start from the model's released weights, with a fresh classifier where the number of classes differs."""
+    drop_path_rate: float | None = None
+    """Stochastic depth rate; the model's default if not given."""
+    model_kwargs: Options = field(default_factory=dict)
+    """Further options of the model, such as kernel_size=5."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, and how they reach the network."""
+
+    name: Annotated[str, tyro.conf.arg(name="data")] = "digits"
+    """digits (scikit-learn's 1,797 images), or a folder ROOT/train/CLASS/*.jpg with ROOT/val/CLASS/*.jpg; a folder
+    ROOT/CLASS/*.jpg is split by --split-seed."""
+    img_size: int | None = None
+    """Height and width of the input in pixels; the model's own if not given."""
+    batch_size: int = 128
+    """Images per process and forward pass."""
+    workers: int | None = None
+    """Loader processes; if not given, none for data held in memory, else up to 8."""
+    val_fraction: float = 0.2
+    """Share of every class that is held out, where the data has no split of its own."""
+    split_seed: int = 0
+    """Seed of that split; separate from --seed so that runs compare on the same held-out images."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means in [0, 1]; the model's own if not given."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations; the model's own if not given."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Resampling at evaluation; the model's own if not given."""
+    crop_pct: float | None = None
+    """Share of the resized image that the evaluation's centre crop keeps; the model's own if not given."""
+
+    def __post_init__(self):
+        _check(self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1")
+        _check(self.img_size is None or self.img_size >= 1, f"--img-size {self.img_size}: must be at least 1")
+        _check(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
+        _check(0 < self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must lie between 0 and 1")
+        _check(self.crop_pct is None or 0 < self.crop_pct <= 1, f"--crop-pct {self.crop_pct}: must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes to training images, through timm.data."""
+
+    crop: Literal["rrc", "rkrr", "rkrc", "shift", "none"] = "rrc"
+    """rrc: random resized crop; rkrr, rkrc: aspect-keeping resize, then random or centre crop; shift: translation by
+    up to --shift; none: the evaluation's resize and centre crop."""
+    scale: tuple[float, float] | None = None
+    """Range of the cropped area (rrc) or of the resize (rkrr, rkrc); timm's own if not given."""
+    shift: float = 0.125
+    """Largest translation as a share of --img-size, for --crop shift."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter; ignored under --auto-augment, except 3a."""
+    auto_augment: str | None = None
+    """timm policy, such as rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 or 3a (3-Augment)."""
+    random_erasing: float = 0.0
+    """Probability of erasing a rectangle."""
+    erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
+    """Filling: zeros, one random colour, or noise."""
+    repeats: int = 1
+    """Repeated augmentation: an epoch shows this many versions of each image that it draws, and draws fewer images."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 turns it off."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix rather than mixup where both are on."""
+
+    def __post_init__(self):
+        for name in ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: a probability must lie in [0, 1]")
+        _check(0 <= self.shift < 1, f"--shift {self.shift}: a share of the image must lie in [0, 1)")
+        _check(self.repeats >= 1, f"--repeats {self.repeats}: must be at least 1; 1 turns repeated augmentation off")
+        _check(min(self.mixup, self.cutmix) >= 0, "--mixup and --cutmix must not be negative; 0 turns them off")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, which makes targets soft and asks for an even batch."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, through timm.optim, the loss and the gradients."""
+
+    optimizer: str = "adamw"
+    """Any name of timm.optim.list_optimizers()."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Weight decay; biases, norms and what the model exempts are left out."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from one layer to the layer below it."""
+    optimizer_kwargs: Options = field(default_factory=dict)
+    """Further options of the optimizer, such as momentum=0.9 or eps=1e-6."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+    clip_grad: float | None = None
+    """Clip gradients at this norm, value or factor (--clip-mode)."""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """By the global norm, by each value, or adaptively against the weights' norm."""
+    accumulation: int = 1
+    """Batches whose gradients are averaged into one update."""
+
+    def __post_init__(self):
+        _check(self.lr > 0, f"--lr {self.lr}: must be positive")
+        _check(self.accumulation >= 1, f"--accumulation {self.accumulation}: must be at least 1")
+        _check(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
+        _check(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be positive")
+        _check(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            f"--layer-decay {self.layer_decay}: must lie in (0, 1]",
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run, through timm.scheduler, set before every update."""
+
+    epochs: int = 100
+    """Passes over the training images, the warm-up among them."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_epochs: float = 5
+    """Length of the linear warm-up in epochs."""
+    warmup_lr: float = 1e-6
+    """Learning rate at which the warm-up starts."""
+    min_lr: float = 1e-5
+    """Learning rate at which the cosine ends."""
+
+    def __post_init__(self):
+        _check(self.epochs >= 1, f"--epochs {self.epochs}: must be at least 1")
+        _check(
+            0 <= self.warmup_epochs < self.epochs,
+            f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}: lower it or raise --epochs",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run computes, and what it leaves behind."""
+
+    output: str | None = None
+    """Folder of the run; runs/MODEL-DATA if not given."""
+    resume: str | None = None
+    """auto: go on from the last checkpoint in --output, or start if there is none; otherwise a run folder to go on
+    from."""
+    seed: int = 0
+    """Seed of the weights, the order of the images, and every random change."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+    threads: int = 0
+    """CPU threads per process; 0 leaves torch's choice."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast; float16 scales the loss."""
+    channels_last: bool = False
+    """Keep images and convolution weights in the channels-last memory format."""
+    compile: bool = False
+    """torch.compile the model."""
+    ema_decay: float | None = None
+    """Evaluate and save the exponential moving average of the weights with this decay."""
+    ema_warmup: bool = False
+    """Let the decay of the average grow during the run up to --ema-decay."""
+    log_interval: int = 50
+    """Updates between two step records in metrics.jsonl."""
+    report: bool = False
+    """At the end, draw report.png: curves, predictions and attention maps."""
+
+    def __post_init__(self):
+        _check(self.log_interval >= 1, f"--log-interval {self.log_interval}: must be at least 1")
+        _check(self.threads >= 0, f"--threads {self.threads}: must be at least 0")
+        _check(self.ema_decay is None or 0 < self.ema_decay < 1, f"--ema-decay {self.ema_decay}: must lie in (0, 1)")
+        _check(
+            self.ema_decay is not None or not self.ema_warmup,
+            "--ema-warmup warms up the decay of an average that is off: set --ema-decay",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run, by section; a YAML recipe has the same sections."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        _check(
+            self.schedule.min_lr <= self.optimizer.lr,
+            f"--min-lr {self.schedule.min_lr} exceeds --lr {self.optimizer.lr}: lower --min-lr",
+        )
+        _check(
+            self.data.batch_size % 2 == 0 or not self.augmentation.mixes,
+            f"--batch-size {self.data.batch_size} is odd, and mixup and CutMix pair the images of a batch: "
+            "use an even --batch-size, or --mixup 0 --cutmix 0",
+        )
+
+
+SECTIONS = {section.name: section.default_factory for section in dataclasses.fields(TrainConfig)}

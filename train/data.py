@@ -1,0 +1,419 @@
+"""Images by index, the order in which a run sees them, and their way to the device.
+
+A data set is an :class:`Images`: a list of class indices and a function from index to PIL image. Adding a source means
+adding one such class and its line in :func:`open_images`. Augmentation, batching, sharding over processes and mixing
+know nothing of the source.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_reader, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+from .config import AugmentationConfig, DataConfig
+from .distributed import World
+from .errors import UserError, first_line, nearest
+from .randomness import seed_host, stream_seed
+
+IN_MEMORY = ("digits",)
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+class Images(Protocol):
+    """A source of labelled images."""
+
+    classes: Sequence[str]
+    targets: Sequence[int]
+
+    def load(self, index: int) -> Image.Image:
+        """Decode one image as RGB; :class:`UnreadableImage` if that fails."""
+        ...
+
+
+class ArrayImages:
+    """Images held in memory.
+
+    Args:
+        arrays: uint8 greyscale images, shape (N, height, width).
+        targets: class indices, length N.
+        classes: class names by index.
+    """
+
+    def __init__(self, arrays: np.ndarray, targets: Sequence[int], classes: Sequence[str]):
+        self.images = [Image.fromarray(array).convert("RGB") for array in arrays]
+        self.targets = [int(target) for target in targets]
+        self.classes = list(classes)
+
+    def load(self, index: int) -> Image.Image:
+        return self.images[index]
+
+
+class FolderImages:
+    """A tree CLASS/*.jpg (or any other format that PIL reads), one folder per class.
+
+    Args:
+        root: the folder that holds the class folders.
+        class_to_idx: class indices by folder name; numbered in natural order of the names if not given.
+    """
+
+    def __init__(self, root: Path, class_to_idx: dict[str, int] | None = None):
+        try:
+            self.reader = create_reader("", root=str(root), class_map=class_to_idx or "")
+        except RuntimeError as error:
+            raise UserError(f"--data {root}: no images found in folders below it, one per class") from error
+        self.class_to_idx = self.reader.class_to_idx
+        self.classes = sorted(self.class_to_idx, key=self.class_to_idx.get)
+        self.targets = [target for _, target in self.reader.samples]
+
+    def load(self, index: int) -> Image.Image:
+        try:
+            file, _ = self.reader[index]
+            with file, Image.open(file) as image:
+                return image.convert("RGB")
+        # A truncated PNG raises SyntaxError, a huge header DecompressionBombError: no narrower base covers PIL.
+        except Exception as error:
+            path = self.reader.filename(index, absolute=True)
+            raise UnreadableImage(f"cannot read image {path}: {first_line(error)}") from error
+
+
+class Selection:
+    """Some images of another source, in the order of ``indices``."""
+
+    def __init__(self, images: Images, indices: Sequence[int]):
+        self.images = images
+        self.indices = [int(index) for index in indices]
+        self.targets = [images.targets[index] for index in self.indices]
+        self.classes = images.classes
+
+    def load(self, index: int) -> Image.Image:
+        return self.images.load(self.indices[index])
+
+
+def open_images(config: DataConfig) -> tuple[Images, Images]:
+    """The training and the held-out images that a configuration names."""
+    if config.name in IN_MEMORY:
+        return split_by_class(load_digits(), config.val_fraction, config.split_seed)
+    root = Path(config.name)
+    if not root.is_dir():
+        hint = nearest(config.name, IN_MEMORY) or f"give a folder of images or one of {', '.join(IN_MEMORY)}"
+        raise UserError(f"--data {config.name}: no such folder; {hint}")
+    folders = {split: _find_folder(root, names) for split, names in _SPLIT_FOLDERS.items()}
+    if folders["train"] is None:
+        return split_by_class(FolderImages(root), config.val_fraction, config.split_seed)
+    train = FolderImages(folders["train"])
+    if folders["val"] is None:
+        return split_by_class(train, config.val_fraction, config.split_seed)
+    _check_classes(folders["val"], train.class_to_idx)
+    return train, FolderImages(folders["val"], train.class_to_idx)
+
+
+def _check_classes(root: Path, class_to_idx: dict[str, int]) -> None:
+    # timm's reader would leave such images out without a word.
+    unknown = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in class_to_idx)
+    if unknown:
+        raise UserError(f"{root}: classes without training images: {', '.join(unknown[:5])}; remove or rename them")
+
+
+def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def load_digits() -> ArrayImages:
+    """scikit-learn's handwritten digits: 1,797 greyscale images of 8x8 pixels in ten classes."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise UserError("--data digits: needs scikit-learn; pip install 'vicinal[demo]'") from error
+    digits = datasets.load_digits()
+    # 17 grey levels, 0 to 16.
+    return ArrayImages((digits.images * (255 / 16)).round().astype(np.uint8), digits.target, list("0123456789"))
+
+
+def split_by_class(images: Images, val_fraction: float, seed: int) -> tuple[Selection, Selection]:
+    """Split off a share of every class, at least one image of each, the same for the same seed."""
+    targets = np.asarray(images.targets)
+    generator = np.random.default_rng(seed)
+    held_out = np.zeros(len(targets), dtype=bool)
+    for target in np.unique(targets):
+        members = generator.permutation(np.flatnonzero(targets == target))
+        held_out[members[: max(1, round(val_fraction * len(members)))]] = True
+    return Selection(images, np.flatnonzero(~held_out)), Selection(images, np.flatnonzero(held_out))
+
+
+class SampleKey(NamedTuple):
+    """What identifies one training example, and keys its random changes."""
+
+    epoch: int
+    index: int
+    repeat: int
+
+
+class TrainDataset(Dataset):
+    """Training examples by :class:`SampleKey`: uint8 tensor of shape (3, H, W) and class index."""
+
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], seed: int):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int] | UnreadableImage:
+        # Returned, not raised: raised in a worker process it would arrive wrapped in that process's traceback.
+        try:
+            image = self.images.load(key.index)
+        except UnreadableImage as error:
+            return error
+        seed_host(stream_seed("sample", self.seed, *key))
+        return self.transform(image), self.images.targets[key.index]
+
+
+class EvalDataset(Dataset):
+    """Held-out examples by index: uint8 tensor of shape (3, H, W) and class index."""
+
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UnreadableImage:
+        try:
+            return self.transform(self.images.load(index)), self.images.targets[index]
+        except UnreadableImage as error:
+            return error
+
+
+class TrainSampler(Sampler[list[SampleKey]]):
+    """This process's batches of one epoch, a pure function of (seed, epoch).
+
+    Batch b of all processes together is one run of positions of the epoch's order; a process takes every
+    ``world.size``-th of them, so that the same order is seen on any number of processes, and the repeats of an image
+    fall to different ones. Images that do not fill a last batch wait for the next epoch's order.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int, world: World):
+        self.num_images, self.batch_size = num_images, batch_size
+        self.seed, self.repeats, self.world = seed, repeats, world
+        self.epoch = 0
+        if len(self) == 0:
+            raise UserError(
+                f"--batch-size {batch_size} on {world.size} processes exceeds the {num_images} training images"
+            )
+
+    def __len__(self) -> int:
+        return self.num_images // (self.batch_size * self.world.size)
+
+    def order(self) -> list[SampleKey]:
+        """Every example of the epoch, over all processes."""
+        generator = torch.Generator().manual_seed(stream_seed("order", self.seed, self.epoch))
+        indices = torch.randperm(self.num_images, generator=generator)
+        indices = indices.repeat_interleave(self.repeats)[: self.num_images].tolist()
+        return [SampleKey(self.epoch, index, position % self.repeats) for position, index in enumerate(indices)]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order, width = self.order(), self.batch_size * self.world.size
+        for start in range(0, len(self) * width, width):
+            yield order[start + self.world.rank : start + width : self.world.size]
+
+
+class EvalSampler(Sampler[list[int]]):
+    """This process's batches of the held-out images, in order.
+
+    Every process gets the same number of batches of the same sizes, filled up by wrapping around, because sharded
+    models communicate in every forward pass; only the first ``num_valid`` examples are to be counted.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, world: World):
+        self.num_images, self.batch_size = num_images, batch_size
+        share = math.ceil(num_images / world.size)
+        self.indices = [index % num_images for index in range(world.rank, share * world.size, world.size)]
+        self.num_valid = len(range(world.rank, num_images, world.size))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield self.indices[start : start + self.batch_size]
+
+
+class InputSpec(NamedTuple):
+    """What the network takes: part of the saved model, so that evaluation prepares images as training did."""
+
+    img_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+
+    @classmethod
+    def resolve(cls, config: DataConfig, pretrained_cfg: dict) -> "InputSpec":
+        """The configuration's values, and the model's own where it is silent."""
+        size = tuple(pretrained_cfg["input_size"][-2:]) if config.img_size is None else (config.img_size,) * 2
+        return cls(
+            size,
+            tuple(config.mean or pretrained_cfg["mean"]),
+            tuple(config.std or pretrained_cfg["std"]),
+            config.interpolation or pretrained_cfg["interpolation"],
+            config.crop_pct or pretrained_cfg["crop_pct"],
+        )
+
+    def as_pretrained_cfg(self) -> dict:
+        """The entries of timm's pretrained_cfg that hold these values."""
+        return {"input_size": (3, *self.img_size), **{key: getattr(self, key) for key in self._fields[1:]}}
+
+
+def train_transform(config: AugmentationConfig, spec: InputSpec) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> uint8 tensor of shape (3, H, W), with random changes; erasing and mixing follow on the device."""
+    has_timm_crop = config.crop in ("rrc", "rkrr", "rkrc")
+    crop, change, to_tensor = create_transform(
+        (3, *spec.img_size),
+        is_training=True,
+        train_crop_mode=config.crop if has_timm_crop else None,
+        scale=config.scale,
+        hflip=config.hflip if has_timm_crop else 0.0,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.auto_augment,
+        interpolation="random",
+        mean=spec.mean,
+        std=spec.std,
+        use_prefetcher=True,
+        separate=True,
+    )
+    if not has_timm_crop:
+        crop = transforms.Compose(_resize_and_shift(config, spec))
+    return transforms.Compose([crop, change, to_tensor])
+
+
+def _resize_and_shift(config: AugmentationConfig, spec: InputSpec) -> list[Callable]:
+    resize = eval_transform(spec).transforms[:-1]
+    padding = [round(config.shift * size) for size in spec.img_size[::-1]]
+    shift = [transforms.RandomCrop(spec.img_size, padding)] if config.crop == "shift" else []
+    return [*resize, *shift, transforms.RandomHorizontalFlip(config.hflip)]
+
+
+def eval_transform(spec: InputSpec) -> transforms.Compose:
+    """PIL image -> uint8 tensor of shape (3, H, W): resize and centre crop."""
+    return create_transform(
+        (3, *spec.img_size),
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+        mean=spec.mean,
+        std=spec.std,
+        use_prefetcher=True,
+    )
+
+
+class Preprocess:
+    """The last steps before the network, on its device: normalise, erase, mix.
+
+    Args:
+        augmentation: erasing and mixing; None for evaluation.
+    """
+
+    def __init__(
+        self,
+        spec: InputSpec,
+        device: torch.device,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        augmentation: AugmentationConfig | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
+        self.device, self.memory_format = device, memory_format
+        self.mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1) * 255
+        self.erase = self.mix = None
+        if augmentation is not None and augmentation.random_erasing > 0:
+            self.erase = RandomErasing(augmentation.random_erasing, mode=augmentation.erasing_mode, device=device)
+        if augmentation is not None and augmentation.mixes:
+            self.mix = Mixup(
+                mixup_alpha=augmentation.mixup,
+                cutmix_alpha=augmentation.cutmix,
+                prob=augmentation.mixup_prob,
+                switch_prob=augmentation.mixup_switch_prob,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Uint8 images (B, 3, H, W), class indices (B,) -> float32 images, targets (B,) or, mixed, (B, classes)."""
+        images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        targets = targets.to(self.device, non_blocking=True)
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        return images.contiguous(memory_format=self.memory_format), targets
+
+
+def collate(batch: list) -> tuple[Tensor, Tensor] | UnreadableImage:
+    """Stack a batch; an image that could not be read takes the batch's place."""
+    broken = next((item for item in batch if isinstance(item, UnreadableImage)), None)
+    if broken is not None:
+        return broken
+    images, targets = zip(*batch, strict=True)
+    return torch.stack(images), torch.tensor(targets)
+
+
+class Batches:
+    """Iterate over batches of a dataset; raises :class:`UnreadableImage` in this process.
+
+    Args:
+        workers: loader processes, 0 for none.
+        device: pins memory where it is CUDA.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: Sampler, workers: int, device: torch.device):
+        self.sampler = sampler
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.loader:
+            if isinstance(batch, UnreadableImage):
+                raise batch
+            yield batch
+
+
+def resolve_workers(config: DataConfig) -> int:
+    """Loader processes: none for images in memory, where handing a batch over costs more than making it."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if config.name in IN_MEMORY else min(8, os.cpu_count() or 1)
+
+
+def train_batches(
+    images: Images, data: DataConfig, augmentation: AugmentationConfig, spec: InputSpec, seed: int, world: World
+) -> Batches:
+    """This process's training batches; set ``sampler.epoch`` before each pass."""
+    dataset = TrainDataset(images, train_transform(augmentation, spec), seed)
+    sampler = TrainSampler(len(images.targets), data.batch_size, seed, augmentation.repeats, world)
+    return Batches(dataset, sampler, resolve_workers(data), world.device)
+
+
+def eval_batches(images: Images, data: DataConfig, spec: InputSpec, world: World) -> Batches:
+    """This process's share of the held-out images; ``sampler.num_valid`` of them count."""
+    dataset = EvalDataset(images, eval_transform(spec))
+    sampler = EvalSampler(len(images.targets), data.batch_size, world)
+    return Batches(dataset, sampler, resolve_workers(data), world.device)

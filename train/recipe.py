@@ -1,0 +1,143 @@
+"""YAML recipes: found, checked against the dataclasses, merged below the command line, and written back."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from ..checkpoints import write_atomically
+from .config import SECTIONS, TrainConfig, parse_scalar
+from .errors import UserError, first_line, nearest
+
+RECIPES = Path(__file__).parent.parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments(TrainConfig):
+    """Train an image classifier. Flags override the recipe, and the recipe overrides the defaults."""
+
+    config: str | None = None
+    """YAML recipe: a file, or the name of one that comes with the package, such as first_run."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def parse_arguments(argv: Sequence[str]) -> TrainConfig:
+    """Read the command line of ``vicinal train``, its recipe merged below it."""
+    recipe = find_config_argument(argv)
+    sections = read_recipe(find_recipe(recipe)) if recipe else {}
+    parsed = tyro.cli(
+        TrainArguments,
+        prog="vicinal train",
+        args=list(argv),
+        default=TrainArguments(**sections, config=recipe),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return TrainConfig(**{name: getattr(parsed, name) for name in SECTIONS})
+
+
+def find_config_argument(argv: Sequence[str]) -> str | None:
+    """The value of ``--config``, needed before the rest is parsed because it sets the defaults."""
+    value = None
+    for position, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            value = argument.partition("=")[2]
+        elif argument == "--config" and position + 1 < len(argv):
+            value = argv[position + 1]
+    return value
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by path, or by its name among the recipes that come with the package."""
+    candidates = [Path(name), RECIPES / name, RECIPES / f"{name}.yaml", RECIPES / Path(*Path(name).parts[1:])]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = [path.relative_to(RECIPES).as_posix() for path in sorted(RECIPES.rglob("*.yaml"))]
+    stem = Path(name).name.removesuffix(".yaml") + ".yaml"
+    raise UserError(f"--config {name}: no such file; {nearest(stem, known) or 'recipes: ' + ', '.join(known)}")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a recipe into its sections.
+
+    Returns:
+        Section name -> section dataclass, for every section, with defaults where the recipe is silent.
+
+    Raises:
+        UserError: not YAML, an unknown section or key (with the nearest valid one), or a value of the wrong type.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    content = _require_mapping(content, str(path))
+    _refuse_unknown(content, SECTIONS, str(path))
+    return {name: _read_section(section, content.get(name), f"{path}: {name}") for name, section in SECTIONS.items()}
+
+
+def write_recipe(config: TrainConfig, path: str | Path) -> None:
+    """Write a configuration as a complete recipe that :func:`read_recipe` reads back to an equal one, atomically."""
+    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _require_mapping(content: Any, where: str) -> Mapping:
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where}: expected a mapping of names to values, got {content!r}")
+    return content
+
+
+def _refuse_unknown(content: Mapping, allowed: typing.Iterable[str], where: str) -> None:
+    for key in content:
+        if key not in allowed:
+            hint = nearest(str(key), allowed, count=1) or f"allowed: {', '.join(allowed)}"
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _read_section(section: type, content: Any, where: str) -> Any:
+    content = _require_mapping(content, where)
+    hints = typing.get_type_hints(section)
+    _refuse_unknown(content, hints, where)
+    values = {key: _coerce(value, hints[key], f"{where}.{key}") for key, value in content.items()}
+    try:
+        return section(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {first_line(error)}") from error
+
+
+def _coerce(value: Any, expected: Any, where: str) -> Any:
+    """A YAML value as the type that a field declares; the difference is int for float, and list for tuple."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _coerce(value, inner, where)
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(_coerce(item, kind, where) for item, kind in zip(value, arguments, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): parse_scalar(item) if isinstance(item, str) else item for key, item in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if expected is float:
+        value = parse_scalar(value) if isinstance(value, str) else value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    if expected in (int, str, bool) and type(value) is expected:
+        return value
+    wanted = (
+        f"one of {', '.join(map(str, arguments))}" if origin is Literal else getattr(expected, "__name__", expected)
+    )
+    raise UserError(f"{where}: expected {wanted}, got {value!r}")
