@@ -108,3 +108,80 @@ def check_relative_position_bias(bias: Optional[Tensor], query: Tensor, window: 
     check_device("relative_position_bias", bias, "query", query)
     shape = (query.shape[-2], *(2 * size - 1 for size in window))
     check_shape("relative_position_bias", bias, shape, "(heads, 2 * window - 1 on each axis)")
+
+
+def check_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: Sequence[int],
+    partition: str,
+    shift: Sequence[int],
+    relative_position_bias: Optional[Tensor],
+    scale: Optional[float],
+) -> None:
+    check_attention_inputs(query, key, value, (5,), "(batch, height, width, heads, head_dim)")
+    window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2)
+    check_positive("window_size", window)
+    for axis, size, extent in zip(("height", "width"), query.shape[1:3], window, strict=True):
+        if size % extent:
+            padded = -(-size // extent) * extent
+            raise ValueError(
+                f"window_size={list(window)} must divide the {axis} {size} of query; pad the {axis} to {padded}"
+            )
+    if partition not in ("block", "grid"):
+        raise ValueError(f"partition={partition!r} must be 'block' or 'grid'")
+    if partition == "grid" and any(shifts):
+        raise ValueError(f"shift={list(shifts)} must be 0 with partition='grid'; only block windows are shifted")
+    for offset, extent in zip(shifts, window, strict=True):
+        if not 0 <= offset < extent:
+            raise ValueError(f"shift={list(shifts)} must be at least 0 and less than window_size={list(window)}")
+    check_relative_position_bias(relative_position_bias, query, window)
+    check_scale(scale)
+
+
+def neighborhood_options(
+    rank: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], is_causal: Sequence[bool]
+) -> tuple[tuple, tuple, tuple, tuple]:
+    """The options of neighborhood attention, in this order, each as a tuple with one element per axis."""
+    return (
+        per_axis("kernel_size", kernel_size, rank),
+        per_axis("stride", stride, rank),
+        per_axis("dilation", dilation, rank),
+        per_axis("is_causal", is_causal, rank),
+    )
+
+
+def check_neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    relative_position_bias: Optional[Tensor],
+    scale: Optional[float],
+) -> None:
+    layout = "(batch, *spatial, heads, head_dim) with 1, 2 or 3 spatial axes"
+    check_attention_inputs(query, key, value, (4, 5, 6), layout)
+    rank = query.ndim - 3
+    kernel, strides, dilations, _ = neighborhood_options(rank, kernel_size, stride, dilation, is_causal)
+    check_positive("kernel_size", kernel)
+    check_positive("stride", strides)
+    check_positive("dilation", dilations)
+    for axis, (size, extent, step) in enumerate(zip(query.shape[1:-2], kernel, dilations, strict=True)):
+        if extent * step > size:
+            smaller = f" or use kernel_size={size // step} there" if size >= step else ""
+            raise ValueError(
+                f"kernel_size={list(kernel)} with dilation={list(dilations)} spans {extent * step} tokens of spatial "
+                f"axis {axis}, which has {size}; pad the axis to {extent * step}{smaller}"
+            )
+    for axis, (shared, extent) in enumerate(zip(strides, kernel, strict=True)):
+        if shared > extent:
+            raise ValueError(
+                f"stride={list(strides)} must be at most kernel_size={list(kernel)} on spatial axis {axis}; "
+                f"use stride={extent} there"
+            )
+    check_relative_position_bias(relative_position_bias, query, kernel)
+    check_scale(scale)

@@ -1,0 +1,313 @@
+"""Neighborhood attention on tiles of queries and the box of keys that they see, with matrix products.
+
+Tiles of one relative geometry (inside the map, at its upper border, ...) are computed together and share one mask or
+bias. Work goes in pieces whose scores stay in the cache. Scores are taken in base 2: exp2 is several times faster than
+exp on the CPU, and on masked scores far more.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ..checks import neighborhood_options
+from ..dispatch import statistics_dtype
+from .geometry import Run, axis_runs, split
+
+LOG2_E = math.log2(math.e)
+TILE = {1: 32, 2: 7, 3: 4}  # queries of a tile along each axis, by the rank of the map
+COVERED_TILE = 16  # the same where every query sees the whole axis: no score is masked, so larger tiles waste nothing
+SCORES_IN_CACHE = 2**18
+SCORES_ON_DEVICE = 2**25
+
+
+class Piece(NamedTuple):
+    """The tiles of `runs` (one for each axis) of some images: what is computed at once."""
+
+    batch: slice
+    runs: tuple[Run, ...]
+
+
+class _Map:
+    """A tensor over the map, whose tiles are viewed, read and written."""
+
+    def __init__(self, tensor: Tensor, dilation: Sequence[int]) -> None:
+        """Args: tensor: (batch, *spatial, heads, channels) of any strides."""
+        batch, *spatial, heads, channel = tensor.stride()
+        self.tensor = tensor
+        self.strides = (batch, heads, channel)
+        self.axes = [
+            (stride, stride * step) for stride, step in zip(spatial, dilation, strict=True)
+        ]  # to next residue, next place
+
+    def view(self, piece: Piece, side: str) -> Tensor:
+        """(batch, residues and tiles of each axis, heads, tokens of a tile on each axis, channels)."""
+        batch, heads, channel = self.strides
+        offset = self.tensor.storage_offset() + piece.batch.start * batch
+        grid, grid_strides, tile, tile_strides = [], [], [], []
+        for run, (to_residue, to_place) in zip(piece.runs, self.axes, strict=True):
+            start, tokens = (run.query, run.queries) if side == "query" else (run.key, run.keys)
+            offset += run.residue * to_residue + start * to_place
+            grid += [run.residues, run.tiles]
+            grid_strides += [to_residue, run.queries * to_place]
+            tile.append(tokens)
+            tile_strides.append(to_place)
+        count, channels = piece.batch.stop - piece.batch.start, self.tensor.shape[-1]
+        size = (count, *grid, self.tensor.shape[-2], *tile, channels)
+        return self.tensor.as_strided(size, (batch, *grid_strides, heads, *tile_strides, channel), offset)
+
+    def load(self, piece: Piece, side: str, dtype: torch.dtype) -> Tensor:
+        """(tiles * heads, tokens of a tile, channels), contiguous."""
+        view = self.view(piece, side)
+        tokens = torch.empty(view.shape, dtype=dtype, device=view.device).copy_(view)
+        rank = len(piece.runs)
+        return tokens.flatten(2 + 2 * rank, -2).flatten(0, 1 + 2 * rank)
+
+    def store(self, piece: Piece, tokens: Tensor) -> None:
+        view = self.view(piece, "query")
+        view.copy_(tokens.view(view.shape))
+
+
+class _KeyGradient(_Map):
+    """Sum over the tiles of the gradients of their keys, which neighbouring tiles share.
+
+    The layout has the places of a group next to each other, so that rows of a box are added in one stretch.
+    """
+
+    def __init__(self, like: Tensor, dilation: Sequence[int], dtype: torch.dtype) -> None:
+        batch, *spatial, heads, channels = like.shape
+        groups = [size for extent, step in zip(spatial, dilation, strict=True) for size in (step, -(-extent // step))]
+        self.sum = torch.zeros(batch, heads, *groups, channels, dtype=dtype, device=like.device)
+        self.spatial = spatial
+        self.tensor = self.sum.flatten(2, -2).transpose(1, 2)
+        strides = self.sum.stride()
+        self.strides = (strides[0], strides[1], strides[-1])
+        self.axes = list(zip(strides[2:-1:2], strides[3:-1:2], strict=True))
+
+    def add(self, piece: Piece, tokens: Tensor) -> None:
+        """Tiles that share keys are added one after the other, so the order of the sum is always the same."""
+        view = self.view(piece, "key")
+        tokens = tokens.view(view.shape)
+        for firsts in product(*(range(run.reach) for run in piece.runs)):
+            apart = (slice(None),)
+            for first, run in zip(firsts, piece.runs, strict=True):
+                apart += (slice(None), slice(first, None, run.reach))
+            view[apart].add_(tokens[apart])
+
+    def to_map(self) -> Tensor:
+        """(batch, *spatial, heads, channels)."""
+        rank = len(self.spatial)
+        order = [2 + 2 * axis + part for axis in range(rank) for part in (1, 0)]
+        tokens = self.sum.permute(0, *order, 1, -1)  # (batch, places and residues of each axis, heads, channels)
+        for axis, extent in enumerate(self.spatial):
+            tokens = tokens.flatten(1 + axis, 2 + axis).narrow(1 + axis, 0, extent)
+        return tokens
+
+
+class _Tiling:
+    """What both passes share: the tiles of a call, their bias, and their scores."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        is_causal: Sequence[bool],
+        relative_position_bias: Optional[Tensor],
+        scale: Optional[float],
+    ) -> None:
+        self.batch, *self.spatial, self.heads, head_dim = query.shape
+        rank = len(self.spatial)
+        options = neighborhood_options(rank, kernel_size, stride, dilation, is_causal)
+        self.kernel_size, _, self.dilation, _ = options
+        self.axes = [axis_runs(*axis, _tile(rank, *axis)) for axis in zip(self.spatial, *options, strict=True)]
+        self.device = query.device
+        self.dtype = statistics_dtype(query.dtype)
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.budget = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
+        self.has_bias = relative_position_bias is not None
+        self.table = self._table(relative_position_bias)
+
+    def _table(self, bias: Optional[Tensor]) -> Tensor:
+        """(heads or 1, entries + 1): the bias in base 2, and -inf for masked pairs as the last entry."""
+        entries = math.prod(2 * size - 1 for size in self.kernel_size)
+        table = torch.zeros(self.heads if self.has_bias else 1, entries + 1, dtype=self.dtype, device=self.device)
+        if bias is not None:
+            table[:, :-1] = bias.to(self.dtype).flatten(1) * LOG2_E
+        table[:, -1] = -math.inf
+        return table
+
+    def geometries(self) -> Iterator[tuple[tuple[Run, ...], Optional[Tensor]]]:
+        """Products of runs with their bias and mask, (heads or 1, queries, keys), None where there is neither."""
+        for runs in product(*self.axes):
+            index, masked = _table_index(tuple(_shape_only(run) for run in runs), self.kernel_size, self.device)
+            if self.has_bias or masked:
+                yield runs, self.table.index_select(1, index.flatten()).unflatten(1, index.shape)
+            else:
+                yield runs, None
+
+    def pieces(self, runs: tuple[Run, ...]) -> Iterator[Piece]:
+        scores = self.heads * math.prod(run.queries * run.keys for run in runs)
+        limit = max(1, self.budget // scores)
+        images = max(1, limit // math.prod(run.count for run in runs))
+        for part in split(runs, limit):
+            for start in range(0, self.batch, images):
+                yield Piece(slice(start, min(start + images, self.batch)), part)
+
+    def scores(self, query: Tensor, key: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """Scores in base 2, (tiles * heads, queries, keys)."""
+        if bias is None:
+            return scaled_product(query, key.transpose(1, 2), self.scale * LOG2_E)
+        scores = query.new_empty(len(query), *bias.shape[1:])
+        scores.view(-1, *bias.shape).copy_(bias)
+        return scores.baddbmm_(query, key.transpose(1, 2), alpha=self.scale * LOG2_E)
+
+    def map(self, tensor: Tensor) -> _Map:
+        return _Map(tensor, self.dilation)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor, Tensor]:
+    tiling = _Tiling(query, *options)
+    output = query.new_empty(query.shape)
+    logsumexp = query.new_empty(*query.shape[:-1], 1, dtype=tiling.dtype)
+    queries, keys, values, outputs, logsumexps = map(tiling.map, (query, key, value, output, logsumexp))
+    for runs, bias in tiling.geometries():
+        for piece in tiling.pieces(runs):
+            q, k = queries.load(piece, "query", tiling.dtype), keys.load(piece, "key", tiling.dtype)
+            scores = tiling.scores(q, k, bias)
+            largest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(largest).exp2_()
+            total = weights.sum(-1, keepdim=True)
+            weights = weights.mul_(total.reciprocal()).to(value.dtype)
+            outputs.store(piece, weights @ values.load(piece, "key", value.dtype))
+            logsumexps.store(piece, total.log2_().add_(largest).div_(LOG2_E))
+    return output, logsumexp.squeeze(-1)
+
+
+def backward(
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    needs_gradient: Sequence[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *options,
+) -> list[Tensor]:
+    tiling = _Tiling(query, *options)
+    gradients = _Gradients(tiling, needs_gradient, query)
+    delta = (grad_output.to(tiling.dtype) * output.to(tiling.dtype)).sum(-1, keepdim=True)
+    tensors = (query, key, value, grad_output, delta, logsumexp.mul(LOG2_E)[..., None])
+    queries, keys, values, grads, deltas, logsumexps = map(tiling.map, tensors)
+    for runs, bias in tiling.geometries():
+        for piece in tiling.pieces(runs):
+            q, k = queries.load(piece, "query", tiling.dtype), keys.load(piece, "key", tiling.dtype)
+            weights = tiling.scores(q, k, bias).sub_(logsumexps.load(piece, "query", tiling.dtype)).exp2_()
+            grad = grads.load(piece, "query", tiling.dtype)
+            gradients.add_value(piece, weights, grad)
+            if gradients.need_scores:
+                grad_weights = grad @ values.load(piece, "key", tiling.dtype).transpose(1, 2)
+                grad_scores = grad_weights.sub_(deltas.load(piece, "query", tiling.dtype)).mul_(weights)
+                gradients.add_scores(piece, grad_scores, q, k)
+        gradients.finish_geometry(runs)
+    return gradients.result()
+
+
+class _Gradients:
+    """The gradients that are needed, filled piece by piece."""
+
+    def __init__(self, tiling: _Tiling, needs_gradient: Sequence[bool], query: Tensor) -> None:
+        self.tiling = tiling
+        self.dtype = query.dtype
+        needs_query, needs_key, needs_value, needs_bias = needs_gradient
+        self.query = tiling.map(query.new_empty(query.shape)) if needs_query else None
+        self.key, self.value = (
+            _KeyGradient(query, tiling.dilation, tiling.dtype) if needed else None
+            for needed in (needs_key, needs_value)
+        )
+        self.table = (
+            tiling.table.new_zeros(tiling.heads, *(2 * k - 1 for k in tiling.kernel_size)) if needs_bias else None
+        )
+        self.need_scores = needs_query or needs_key or needs_bias
+        self.bias = 0.0
+
+    def add_value(self, piece: Piece, weights: Tensor, grad: Tensor) -> None:
+        if self.value is not None:
+            product = weights.to(self.dtype).transpose(1, 2) @ grad.to(self.dtype)
+            self.value.add(piece, product.to(self.tiling.dtype))
+
+    def add_scores(self, piece: Piece, grad_scores: Tensor, query: Tensor, key: Tensor) -> None:
+        if self.table is not None:
+            self.bias = self.bias + grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
+        grad_scores = grad_scores.to(self.dtype)
+        if self.query is not None:
+            self.query.store(piece, scaled_product(grad_scores, key.to(self.dtype), self.tiling.scale))
+        if self.key is not None:
+            grad_key = scaled_product(grad_scores.transpose(1, 2), query.to(self.dtype), self.tiling.scale)
+            self.key.add(piece, grad_key.to(self.tiling.dtype))
+
+    def finish_geometry(self, runs: tuple[Run, ...]) -> None:
+        """Sums the (heads, queries, keys) gradient of a geometry's bias by the offsets of its pairs."""
+        if self.table is None:
+            return
+        rank = len(runs)
+        pairs = self.bias.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
+        pairs = pairs.permute(0, *(axis + side for axis in range(1, rank + 1) for side in (0, rank)))
+        pairs = pairs.reshape(-1, *(run.queries * run.keys for run in runs))
+        for run, kernel in zip(runs, self.tiling.kernel_size, strict=True):
+            # A product with zeros and ones instead of scattered adds: its order of summation is fixed on every device.
+            offsets = _axis_offsets(_shape_only(run), kernel, pairs.device).flatten()
+            entries = torch.arange(2 * kernel - 1, device=pairs.device)
+            pairs = torch.tensordot(pairs, (offsets[:, None] == entries).to(pairs.dtype), dims=([1], [0]))
+        self.table += pairs
+        self.bias = 0.0
+
+    def result(self) -> list[Tensor]:
+        maps = (self.query and self.query.tensor, self.key and self.key.to_map(), self.value and self.value.to_map())
+        return [gradient for gradient in (*maps, self.table) if gradient is not None]
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right with one rounding."""
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
+
+
+def _tile(rank: int, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> int:
+    covered = not causal and kernel >= -(-size // dilation)
+    return max(COVERED_TILE, TILE[rank]) if covered else TILE[rank]
+
+
+def _shape_only(run: Run) -> Run:
+    """The run without what its mask and bias do not depend on, so that a cache finds it again."""
+    return run._replace(residue=0, residues=1, query=0, key=run.key - run.query, tiles=1)
+
+
+@lru_cache(maxsize=256)
+def _table_index(runs: tuple[Run, ...], kernel_size: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """Entry of the flattened bias table for each pair of a tile, (queries, keys), and whether any pair is masked.
+
+    Masked pairs have the entry behind the last one.
+    """
+    index = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    visible = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for run, kernel in zip(runs, kernel_size, strict=True):
+        offsets = _axis_offsets(run, kernel, device)[:, None, :]
+        windows = torch.tensor(run.windows, device=device)
+        places = torch.arange(run.keys, device=device)
+        inside = (places >= windows[:, :1]) & (places < windows[:, 1:])
+        index = (index[:, None, :, None] * (2 * kernel - 1) + offsets).flatten(2, 3).flatten(0, 1)
+        visible = (visible[:, None, :, None] & inside[:, None, :]).flatten(2, 3).flatten(0, 1)
+    entries = math.prod(2 * kernel - 1 for kernel in kernel_size)
+    return index.masked_fill(~visible, entries).int(), not bool(visible.all())
+
+
+def _axis_offsets(run: Run, kernel: int, device: torch.device) -> Tensor:
+    """Key minus query plus kernel - 1, (queries, keys), clamped to the table for pairs that are masked anyway."""
+    keys = torch.arange(run.key - run.query, run.key - run.query + run.keys, device=device)
+    offsets = keys - torch.arange(run.queries, device=device)[:, None] + kernel - 1
+    return offsets.clamp(0, 2 * kernel - 2)
