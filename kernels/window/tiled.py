@@ -1,0 +1,282 @@
+"""Window attention arranged for caches: a few windows at a time are gathered, multiplied and written back.
+
+Windows of one chunk are copied out of the map once, straight from any strides and across the border of a shifted map.
+Bias and shift masks are added to the scores in place: a mask touches the last row or column of windows only, and is
+never repeated over the batch. Scores, softmax and sums are float32 (float64 for float64 inputs); the weights are
+rounded to the dtype of the inputs before they are multiplied with it.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Iterator, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import per_axis
+from ..dispatch import statistics_dtype
+from .geometry import bias_index
+
+CHUNK_SCORES = 1 << 19
+"""Scores of a chunk: 2 MB in float32, so that the passes of the softmax stay in the second-level cache."""
+
+
+class Piece(NamedTuple):
+    """Part of the windows of one axis whose tokens lie evenly spaced in the map."""
+
+    window: int
+    windows: int
+    offset: int
+    offsets: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The windows of one axis: `stride` tokens of the map lie between two windows, `spacing` between two tokens."""
+
+    size: int
+    window: int
+    stride: int
+    spacing: int
+    shift: int
+
+    @classmethod
+    def of(cls, size: int, window: int, partition: str, shift: int) -> "Axis":
+        if partition == "grid":
+            return cls(size, window, stride=1, spacing=size // window, shift=0)
+        return cls(size, window, stride=window, spacing=1, shift=shift if size > window else 0)
+
+    @property
+    def count(self) -> int:
+        return self.size // self.window
+
+    def pieces(self, first: int, last: int) -> list[Piece]:
+        """The pieces of windows first to last - 1. Only the last window of a shifted axis is torn by the border."""
+        torn = int(self.shift > 0 and last == self.count)
+        whole, result = last - first - torn, []
+        if whole:
+            result.append(Piece(0, whole, 0, self.window, first * self.stride + self.shift))
+        if torn:
+            kept = self.window - self.shift
+            result.append(Piece(whole, 1, 0, kept, self.size - kept))
+            result.append(Piece(whole, 1, kept, self.shift, 0))
+        return result
+
+    def tears(self, device: torch.device) -> Tensor:
+        """Pairs of offsets in the last window that the border separates, (window, window)."""
+        wrapped = torch.arange(self.window, device=device) >= self.window - self.shift
+        return wrapped[:, None] != wrapped[None, :]
+
+
+class Chunk(NamedTuple):
+    """Windows that are processed together: `images` from `image` on, and in each `rows` rows of windows."""
+
+    image: int
+    images: int
+    rows: int
+    is_last: bool
+    pieces: list[tuple[Piece, Piece]]
+
+
+class Windows:
+    """The windows of one call: how to read and write them, and what is added to their scores."""
+
+    def __init__(self, query: Tensor, window_size: Sequence[int], partition: str, shift: Sequence[int]) -> None:
+        self.window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2)
+        sizes = zip(query.shape[1:3], self.window, shifts, strict=True)
+        self.axes = tuple(Axis.of(size, window, partition, offset) for size, window, offset in sizes)
+        self.tokens = self.window[0] * self.window[1]
+        self.batch, self.heads, self.head_dim = query.shape[0], query.shape[3], query.shape[4]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Whole images while they fit, else rows of windows."""
+        rows, columns = (axis.count for axis in self.axes)
+        row_scores = columns * self.heads * self.tokens**2
+        images = min(self.batch, max(1, CHUNK_SCORES // (rows * row_scores)))
+        step = min(rows, max(1, CHUNK_SCORES // row_scores))
+        across = self.axes[1].pieces(0, columns)
+        ranges = [(row, min(row + step, rows)) for row in range(0, rows, step)]
+        plans = [(last - first, last == rows, self.axes[0].pieces(first, last)) for first, last in ranges]
+        for image in range(0, self.batch, images):
+            for count, is_last, down in plans:
+                pieces = list(product(down, across))
+                yield Chunk(image, min(images, self.batch - image), count, is_last, pieces)
+
+    def load(self, tokens: Tensor, chunk: Chunk) -> Tensor:
+        """Gather the windows of a chunk into (windows * heads, tokens, channels)."""
+        windows = tokens.new_empty(self._shape(chunk, tokens))
+        for of_map, of_windows in self._pairs(tokens, windows, chunk):
+            of_windows.copy_(of_map)
+        return windows.view(-1, self.tokens, tokens.shape[-1])
+
+    def store(self, windows: Tensor, tokens: Tensor, chunk: Chunk) -> None:
+        """Write (windows * heads, tokens, channels) back into the map."""
+        windows = windows.view(self._shape(chunk, tokens))
+        for of_map, of_windows in self._pairs(tokens, windows, chunk):
+            of_map.copy_(of_windows)
+
+    def _shape(self, chunk: Chunk, tokens: Tensor) -> tuple[int, ...]:
+        return (chunk.images, chunk.rows, self.axes[1].count, self.heads, *self.window, tokens.shape[-1])
+
+    def _pairs(self, tokens: Tensor, windows: Tensor, chunk: Chunk) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each piece its tokens in the map and in the buffer, both (image, row, column, head, y, x, channel)."""
+        down, across = self.axes
+        image, y, x, head, channel = tokens.stride()
+        strides = (image, y * down.stride, x * across.stride, head, y * down.spacing, x * across.spacing, channel)
+        origin = tokens.storage_offset() + chunk.image * image
+        inner = windows.stride()
+        for row, column in chunk.pieces:
+            shape = (
+                chunk.images,
+                row.windows,
+                column.windows,
+                self.heads,
+                row.offsets,
+                column.offsets,
+                windows.shape[-1],
+            )
+            begin = row.window * inner[1] + column.window * inner[2] + row.offset * inner[4] + column.offset * inner[5]
+            yield (
+                tokens.as_strided(shape, strides, origin + row.start * y + column.start * x),
+                windows.as_strided(shape, inner, windows.storage_offset() + begin),
+            )
+
+    def bias(self, table: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+        """(heads, tokens, tokens) from the table."""
+        if table is None:
+            return None
+        return table.to(dtype).flatten(1)[:, bias_index(self.window, table.device)]
+
+    def masks(self, like: Tensor, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """What is added to the scores of the last row and of the last column of windows, (tokens, tokens) each."""
+        vertical, horizontal = self.axes
+        shape = (*self.window, *self.window)
+        rows = vertical.tears(like.device)[:, None, :, None] if vertical.shift else None
+        columns = horizontal.tears(like.device)[None, :, None, :] if horizontal.shift else None
+        return tuple(
+            None if torn is None else _minus_infinity(torn.expand(shape).reshape(self.tokens, self.tokens), dtype)
+            for torn in (rows, columns)
+        )
+
+
+def _minus_infinity(where: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(where.shape, dtype=dtype, device=where.device).masked_fill_(where, float("-inf"))
+
+
+class Scores:
+    """Scaled scores with bias and masks, chunk by chunk."""
+
+    def __init__(self, windows: Windows, query: Tensor, table: Optional[Tensor], scale: Optional[float]) -> None:
+        self.windows = windows
+        self.dtype = statistics_dtype(query.dtype)
+        self.scale = windows.head_dim**-0.5 if scale is None else scale
+        self.bias = windows.bias(table, self.dtype)
+        self.masks = windows.masks(query, self.dtype)
+
+    def __call__(self, query: Tensor, key: Tensor, chunk: Chunk) -> Tensor:
+        """(windows * heads, tokens, tokens) in the dtype of statistics."""
+        windows = self.windows
+        scores = torch.bmm(query, key.transpose(1, 2)).to(self.dtype).mul_(self.scale)
+        by_window = scores.view(-1, chunk.rows, windows.axes[1].count, windows.heads, windows.tokens, windows.tokens)
+        if self.bias is not None:
+            by_window.add_(self.bias)
+        last_row, last_column = self.masks
+        if last_row is not None and chunk.is_last:
+            by_window[:, -1].add_(last_row)
+        if last_column is not None:
+            by_window[:, :, -1].add_(last_column)
+        return scores
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: Sequence[int],
+    partition: str,
+    shift: Sequence[int],
+    relative_position_bias: Optional[Tensor],
+    scale: Optional[float],
+) -> tuple[Tensor, Tensor]:
+    """Output, and logsumexp of the scores."""
+    windows = Windows(query, window_size, partition, shift)
+    score = Scores(windows, query, relative_position_bias, scale)
+    output = query.new_empty(query.shape)
+    logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=score.dtype)
+    for chunk in windows.chunks():
+        queries, keys, values = (windows.load(tokens, chunk) for tokens in (query, key, value))
+        scores = score(queries, keys, chunk)
+        largest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        result = torch.bmm(weights.to(value.dtype), values)
+        windows.store(result.to(score.dtype).div_(total), output, chunk)
+        windows.store(total.log_().add_(largest), logsumexp, chunk)
+    return output, logsumexp.squeeze(-1)
+
+
+def backward(
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    needs_gradient: Sequence[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: Sequence[int],
+    partition: str,
+    shift: Sequence[int],
+    relative_position_bias: Optional[Tensor],
+    scale: Optional[float],
+) -> list[Tensor]:
+    """Gradients of query, key, value and the bias table, those that are needed.
+
+    With weights P and scores S: dV = P^T dO, dP = dO V^T, dS = P dP - P sum(P dP), dQ = scale dS K, dK = scale dS^T Q,
+    and the bias table collects dS.
+    """
+    windows = Windows(query, window_size, partition, shift)
+    score = Scores(windows, query, relative_position_bias, scale)
+    wanted = zip((query, key, value), needs_gradient[:3], strict=True)
+    gradients = [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
+    of_bias = query.new_zeros((windows.heads, windows.tokens, windows.tokens), dtype=score.dtype)
+    logsumexp = logsumexp.unsqueeze(-1)
+    for chunk in windows.chunks():
+        inputs = [windows.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
+        weights = score(*inputs[:2], chunk).sub_(windows.load(logsumexp, chunk)).exp_()
+        of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient)
+        if needs_gradient[3]:
+            of_bias.add_(of_scores.view(-1, *of_bias.shape).sum(0))
+        for result, gradient in zip(results, gradients, strict=True):
+            if gradient is not None:
+                windows.store(result, gradient, chunk)
+    result = [gradient for gradient in gradients if gradient is not None]
+    if needs_gradient[3]:
+        result.append(_to_table(of_bias, relative_position_bias, windows.window))
+    return result
+
+
+def _chunk_gradients(
+    weights: Tensor, inputs: Sequence[Tensor], scale: float, needs_gradient: Sequence[bool]
+) -> tuple[Optional[Tensor], ...]:
+    """Gradients of scores, query, key and value of one chunk; None for what is not needed."""
+    query, key, value, grad_output = inputs
+    of_scores = of_query = of_key = of_value = None
+    if needs_gradient[2]:
+        of_value = torch.bmm(weights.to(value.dtype).transpose(1, 2), grad_output)
+    if any((needs_gradient[0], needs_gradient[1], needs_gradient[3])):
+        of_scores = torch.bmm(grad_output, value.transpose(1, 2)).to(weights.dtype).mul_(weights)
+        of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
+        rounded = of_scores.to(query.dtype)
+    if needs_gradient[0]:
+        of_query = torch.bmm(rounded, key).mul_(scale)
+    if needs_gradient[1]:
+        of_key = torch.bmm(rounded.transpose(1, 2), query).mul_(scale)
+    return of_scores, of_query, of_key, of_value
+
+
+def _to_table(of_bias: Tensor, table: Tensor, window: Sequence[int]) -> Tensor:
+    """Sum (heads, tokens, tokens) over the pairs that read the same entry of the table."""
+    result = of_bias.new_zeros(table.shape)
+    result.flatten(1).index_add_(1, bias_index(window, table.device).flatten(), of_bias.flatten(1))
+    return result
