@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, parse_model_name
+from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, model_entrypoint, parse_model_name
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -36,7 +36,7 @@ def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> 
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **options)
     except TypeError as error:
-        raise UserError(f"--model {config.name}: {_explain_option(error)}") from error
+        raise UserError(f"--model {config.name}: {_explain_option(error, name)}") from error
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         raise UserError(f"--model {config.name}: {first_line(error)}") from error
 
@@ -50,16 +50,15 @@ def _check_model_name(name: str, pretrained: bool) -> None:
         raise UserError(f"--model {name}: no released weights are known; leave out --pretrained")
 
 
-def _explain_option(error: TypeError) -> str:
+def _explain_option(error: TypeError, name: str) -> str:
     """Name the unknown option and the nearest one that the model's class takes."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if not found:
         return first_line(error)
     class_name, option = found.groups()
-    classes = (getattr(module, class_name, None) for module in list(sys.modules.values()) if module)
-    owner = next((item for item in classes if inspect.isclass(item) and issubclass(item, nn.Module)), None)
+    owner = getattr(sys.modules[model_entrypoint(name).__module__], class_name, None) if is_model(name) else None
     allowed = list(inspect.signature(owner).parameters) if owner else []
-    hint = nearest(option, allowed) or f"options: {', '.join(allowed)}"
+    hint = nearest(option, allowed) or f"options: {', '.join(allowed) or 'see the model'}"
     return f"unknown option {option!r} in --model-kwargs; {hint}"
 
 

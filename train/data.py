@@ -9,12 +9,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import Mixup, create_reader, create_transform
+from timm.data import Mixup, auto_augment, create_reader, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -293,7 +293,23 @@ def train_transform(config: AugmentationConfig, spec: InputSpec) -> Callable[[Im
     )
     if not has_timm_crop:
         crop = transforms.Compose(_resize_and_shift(config, spec))
+    _allow_zero_bits(change)
     return transforms.Compose([crop, change, to_tensor])
+
+
+def _allow_zero_bits(change: transforms.Compose) -> None:
+    """Give timm's policies a posterize that takes 0 bits: they ask for it, and Pillow 13 refuses."""
+    for transform in change.transforms:
+        policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
+        for operation in (operation for policy in policies for operation in policy):
+            if getattr(operation, "aug_fn", None) is auto_augment.posterize:
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    if bits_to_keep < 1:
+        return image.point(lambda _: 0)
+    return auto_augment.posterize(image, bits_to_keep)
 
 
 def _resize_and_shift(config: AugmentationConfig, spec: InputSpec) -> list[Callable]:

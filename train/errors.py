@@ -10,8 +10,11 @@ STOPPED_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
 
 
-class UserError(ValueError):
-    """Something that was given to a command cannot be used; the message says what, and the nearest fix."""
+class UserError(Exception):
+    """Something that was given to a command cannot be used; the message says what, and the nearest fix.
+
+    Not a ValueError: tyro would catch that one out of a dataclass and print it its own way.
+    """
 
 
 class RunStopped(RuntimeError):

@@ -24,7 +24,9 @@ EPOCH_FIELDS = (
 
 
 class MetricsLog:
-    """Records of a run, epochs counted from 1: every one as a line of ``metrics.jsonl``, those of epochs also as a row of ``metrics.csv``.
+    """Records of a run: every one as a line of ``metrics.jsonl``, those of epochs also as a row of ``metrics.csv``.
+
+    Epochs count from 1.
 
     Args:
         jsonl, table: the two files.

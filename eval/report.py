@@ -1,0 +1,213 @@
+"""``vicinal report``: one picture of a run, with its curves, some predictions and where the network looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from ..checkpoints import write_atomically
+from ..train.config import TrainConfig
+from ..train.data import Images, InputSpec, Preprocess, eval_transform, open_images
+from ..train.errors import UserError
+from ..train.log import read_records
+from ..train.recipe import read_recipe
+from .attend import AttentionRecord, record_attention
+from .classify import find_model, load_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+NUM_EXAMPLES = 10
+NUM_MISTAKES = 2
+_TRAIN, _HELD_OUT, _GOOD, _BAD, _INK = "#9aa5b1", "#1f5fa8", "#2a7d4f", "#c0392b", "#2d3540"
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Draw report.png into the folder of a run: curves, predictions, attention maps."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of the run."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out image and what the network says to it."""
+
+    pixels: np.ndarray
+    """uint8, (H, W, 3), as prepared for the network."""
+    target: str
+    prediction: str
+    probability: float
+    attention: list[np.ndarray]
+    """Attention received (h, w), one map per resolution of the network, finest first."""
+
+    @property
+    def is_right(self) -> bool:
+        return self.prediction == self.target
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``vicinal report``; prints where the picture lies."""
+    arguments = tyro.cli(ReportArguments, prog="vicinal report", args=list(argv))
+    print(f"picture: {draw_report(arguments.run)}")
+    return 0
+
+
+def draw_report(run: str | Path) -> Path:
+    """Draw ``report.png`` of a run from its records and its best model.
+
+    Raises:
+        UserError: not the folder of a run that has finished an epoch, or matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the report needs matplotlib: pip install 'vicinal[demo]'") from error
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not the folder of a run: it holds no config.yaml")
+    config = TrainConfig(**read_recipe(run / "config.yaml"))
+    epochs = [record for record in read_records(run / "metrics.jsonl") if record["event"] == "epoch"]
+    if not epochs:
+        raise UserError(f"{run}: no epoch is finished yet")
+    examples = choose_examples(load_model(find_model(str(run))), config)
+    figure = Figure(figsize=(13, 8.2), dpi=130, facecolor="white", layout="constrained")
+    _draw(figure, config, epochs, examples)
+    return write_atomically(run / "report.png", lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def choose_examples(model: nn.Module, config: TrainConfig) -> list[Example]:
+    """A few held-out images: some that the network gets wrong, if there are any, and for the rest one of each class."""
+    _, images = open_images(config.data)
+    spec = InputSpec.resolve(config.data, model.pretrained_cfg)
+    candidates = _round_robin(images.targets)[:500]
+    pixels = torch.stack([eval_transform(spec)(images.load(index)) for index in candidates])
+    targets = torch.tensor([images.targets[index] for index in candidates])
+    preprocess = Preprocess(spec, torch.device("cpu"), model.num_classes)
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(preprocess(*chunk)[0]) for chunk in zip(pixels.split(50), targets.split(50), strict=True)]
+        )
+    wrong = (logits.argmax(1) != targets).nonzero().flatten().tolist()[:NUM_MISTAKES]
+    right = [index for index in range(len(candidates)) if index not in wrong]
+    chosen = [*right[: NUM_EXAMPLES - len(wrong)], *wrong]
+    with torch.no_grad(), record_attention(model) as records:
+        model(preprocess(pixels[chosen], targets[chosen])[0])
+    return _describe(pixels[chosen], targets[chosen], logits[chosen], _by_resolution(records), images)
+
+
+def _round_robin(targets: Sequence[int]) -> list[int]:
+    """Indices ordered so that the classes take turns."""
+    seen: dict[int, int] = {}
+    turns = []
+    for index, target in enumerate(targets):
+        turns.append((seen.get(target, 0), target, index))
+        seen[target] = seen.get(target, 0) + 1
+    return [index for _, _, index in sorted(turns)]
+
+
+def _by_resolution(records: list[AttentionRecord]) -> list[Tensor]:
+    """Mean attention received over the modules of each resolution, (B, h, w), finest first."""
+    sizes = sorted({record.received.shape[1:] for record in records}, reverse=True)
+    maps = [torch.stack([record.received for record in records if record.received.shape[1:] == size]) for size in sizes]
+    return [stack.mean(0) for stack in maps if stack.shape[-1] > 1]
+
+
+def _describe(pixels: Tensor, targets: Tensor, logits: Tensor, maps: list[Tensor], images: Images) -> list[Example]:
+    probabilities, predictions = logits.softmax(1).max(1)
+    return [
+        Example(
+            pixels[row].permute(1, 2, 0).numpy(),
+            images.classes[targets[row]],
+            images.classes[predictions[row]],
+            float(probabilities[row]),
+            [attention[row].numpy() for attention in maps],
+        )
+        for row in range(len(pixels))
+    ]
+
+
+def _draw(figure: "Figure", config: TrainConfig, epochs: list[dict[str, Any]], examples: list[Example]) -> None:
+    best = max(epochs, key=lambda record: record["val_top1"])
+    rows = 1 + len(examples[0].attention)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3, 1.55 * rows])
+    figure.suptitle(
+        f"{config.model.name} on {config.data.name}: {best['val_top1']:.2f} % of {best['val_images']} held-out images"
+        f"  ·  {sum(record['seconds'] for record in epochs):.0f} s of training",
+        fontsize=15,
+        fontweight="bold",
+        color=_INK,
+    )
+    _draw_curves(top, epochs, best)
+    _draw_examples(bottom, examples, rows)
+
+
+def _draw_curves(figure: "SubFigure", epochs: list[dict[str, Any]], best: dict[str, Any]) -> None:
+    loss, accuracy = figure.subplots(1, 2)
+    numbers = [record["epoch"] for record in epochs]
+    loss.plot(
+        numbers, [record["train_loss"] for record in epochs], color=_TRAIN, label="training (augmented, smoothed)"
+    )
+    loss.plot(numbers, [record["val_loss"] for record in epochs], color=_HELD_OUT, label="held out")
+    loss.set_title("cross-entropy loss")
+    loss.set_ylim(bottom=0)
+    loss.legend(frameon=False)
+    top1 = [record["val_top1"] for record in epochs]
+    accuracy.plot(numbers, top1, color=_HELD_OUT)
+    accuracy.plot(best["epoch"], best["val_top1"], "o", color=_HELD_OUT)
+    accuracy.annotate(
+        f"best {best['val_top1']:.2f} %, epoch {best['epoch']}",
+        (best["epoch"], best["val_top1"]),
+        xytext=(0, -26),
+        textcoords="offset points",
+        ha="right" if best["epoch"] > numbers[-1] / 2 else "left",
+        color=_HELD_OUT,
+    )
+    accuracy.set_title("held-out top-1 accuracy, %")
+    for axes in (loss, accuracy):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color="#e6e9ed", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_examples(figure: "SubFigure", examples: list[Example], rows: int) -> None:
+    grid = figure.subplots(rows, len(examples), squeeze=False)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    for column, example in enumerate(examples):
+        color = _GOOD if example.is_right else _BAD
+        wrong = "" if example.is_right else f"\ntrue: {example.target}"
+        grid[0, column].imshow(example.pixels)
+        grid[0, column].set_title(f"{example.prediction}  {example.probability:.0%}{wrong}", color=color, fontsize=11)
+        for row, attention in enumerate(example.attention, start=1):
+            heat = _draw_attention(grid[row, column], example.pixels, attention)
+    grid[0, 0].set_ylabel("image and\nprediction", color=_INK)
+    for row, attention in enumerate(examples[0].attention, start=1):
+        height, width = attention.shape
+        grid[row, 0].set_ylabel(f"attention,\n{height}x{width} map", color=_INK)
+    if rows > 1:
+        bar = figure.colorbar(heat, ax=grid[1:, :], fraction=0.02, pad=0.01)
+        bar.set_label("attention received,\ntimes uniform")
+        bar.outline.set_visible(False)
+
+
+def _draw_attention(axes: Any, pixels: np.ndarray, attention: np.ndarray) -> Any:
+    """The map over the image, smoothed to the image's size."""
+    height, width = pixels.shape[:2]
+    extent = (0, width, height, 0)
+    heat = axes.imshow(attention, cmap="magma", vmin=0, vmax=2, extent=extent, interpolation="bicubic")
+    axes.contour(
+        pixels.mean(2), levels=[128], colors="white", linewidths=0.9, extent=(0, width, 0, height), origin="upper"
+    )
+    return heat
