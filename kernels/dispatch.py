@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import canonicalize
@@ -153,7 +154,8 @@ class Operator:
     def __call__(self, *arguments: Any) -> Tensor:
         """Run on the arguments of the public function, all of them, in the order of the schema."""
         arguments = self.canonicalize(arguments)
-        if selected_backend() == "reference" or torch.onnx.is_in_onnx_export():
+        unrecorded = torch.jit.is_tracing() and "List[bool]" in self.kinds  # torch.jit.trace knows no list of bools
+        if selected_backend() == "reference" or torch.onnx.is_in_onnx_export() or unrecorded:
             return self._run_reference(arguments)
         return self.forward_op(*arguments)[0]
 
@@ -241,7 +243,7 @@ class Operator:
         self.check(*arguments)
         query = arguments[0]
         if query.numel() == 0:
-            return self._fake_forward(*arguments)
+            return self._allocate(query)
         output, logsumexp = self._implementation(arguments).forward(*_widen(arguments))
         return output.to(query.dtype).contiguous(), logsumexp.contiguous()
 
@@ -256,7 +258,12 @@ class Operator:
         return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, wanted, strict=True)]
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        query = arguments[0]
+        # Tensors on the meta device come here too, eagerly; only traced ones have sizes that a check must not read.
+        if not any(isinstance(value, FakeTensor) for value in arguments):
+            self.check(*self._complete(arguments))
+        return self._allocate(arguments[0])
+
+    def _allocate(self, query: Tensor) -> tuple[Tensor, Tensor]:
         return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:

@@ -240,10 +240,10 @@ def backward(
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
     gradients = [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
     of_bias = query.new_zeros((windows.heads, windows.tokens, windows.tokens), dtype=score.dtype)
-    logsumexp = logsumexp.unsqueeze(-1)
     for chunk in windows.chunks():
         inputs = [windows.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
-        weights = score(*inputs[:2], chunk).sub_(windows.load(logsumexp, chunk)).exp_()
+        # Not exp(scores - logsumexp): that would carry over the rounding of a large logsumexp, for the same time.
+        weights = score(*inputs[:2], chunk).softmax(-1)
         of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient)
         if needs_gradient[3]:
             of_bias.add_(of_scores.view(-1, *of_bias.shape).sum(0))
