@@ -1,6 +1,7 @@
 """Attention operators on plain tensors in the layout (batch, *spatial, heads, head_dim)."""
 
 from .dispatch import backend, explain
+from .neighborhood import neighborhood_attention
 from .window import window_attention
 
-__all__ = ["backend", "explain", "window_attention"]
+__all__ = ["backend", "explain", "neighborhood_attention", "window_attention"]
