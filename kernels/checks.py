@@ -18,6 +18,8 @@ FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def canonicalize(name: str, kind: str, value: Any) -> Any:
     """Bring one option to the type that the schema declares: a number becomes a list, a tuple a list.
 
+    Sizes of a map may be given as options, so elements of a list may be symbolic while a graph is traced.
+
     Args:
         name: of the argument, for the message.
         kind: the type in the schema: "List[int]", "List[bool]", "str", "Optional[float]"; tensors pass untouched.
@@ -40,7 +42,7 @@ def _as_list(name: str, value: Any, kind: type) -> list:
     items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for item in items:
         fits = isinstance(item, bool) if kind is bool else _is_number(item, Integral, torch.SymInt)
-        if not fits:
+        if not fits and not isinstance(item, torch.fx.Proxy):
             raise ValueError(f"{name}={value!r} must be one {kind.__name__} or one {kind.__name__} per axis")
     return items
 

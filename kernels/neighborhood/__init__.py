@@ -15,7 +15,8 @@ __all__ = ["aggregate", "neighborhood_attention", "neighborhood_attention_weight
 
 _OPERATOR = Operator(
     "neighborhood_attention",
-    "Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride=[1], int[] dilation=[1], "
+    # SymInt: the kernel may be the size of the map, which is symbolic in an exported graph.
+    "Tensor query, Tensor key, Tensor value, SymInt[] kernel_size, int[] stride=[1], int[] dilation=[1], "
     "bool[] is_causal=[False], Tensor? relative_position_bias=None, float? scale=None",
     differentiable=("query", "key", "value", "relative_position_bias"),
     check=checks.check_neighborhood_attention,

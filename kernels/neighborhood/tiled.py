@@ -179,13 +179,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
             q, k = queries.load(piece, "query", tiling.dtype), keys.load(piece, "key", tiling.dtype)
-            scores = tiling.scores(q, k, bias)
-            largest = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(largest).exp2_()
-            total = weights.sum(-1, keepdim=True)
-            weights = weights.mul_(total.reciprocal()).to(value.dtype)
-            outputs.store(piece, weights @ values.load(piece, "key", value.dtype))
-            logsumexps.store(piece, total.log2_().add_(largest).div_(LOG2_E))
+            weights, normalizer = softmax_base_2(tiling.scores(q, k, bias))
+            outputs.store(piece, weights.to(value.dtype) @ values.load(piece, "key", value.dtype))
+            logsumexps.store(piece, normalizer.div_(LOG2_E))
     return output, logsumexp.squeeze(-1)
 
 
@@ -199,20 +195,19 @@ def backward(
     value: Tensor,
     *options,
 ) -> list[Tensor]:
+    """Recomputes the weights. Output and logsumexp would spare two cheap passes, at the cost of their rounding."""
     tiling = _Tiling(query, *options)
     gradients = _Gradients(tiling, needs_gradient, query)
-    delta = (grad_output.to(tiling.dtype) * output.to(tiling.dtype)).sum(-1, keepdim=True)
-    tensors = (query, key, value, grad_output, delta, logsumexp.mul(LOG2_E)[..., None])
-    queries, keys, values, grads, deltas, logsumexps = map(tiling.map, tensors)
+    queries, keys, values, grads = map(tiling.map, (query, key, value, grad_output))
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
             q, k = queries.load(piece, "query", tiling.dtype), keys.load(piece, "key", tiling.dtype)
-            weights = tiling.scores(q, k, bias).sub_(logsumexps.load(piece, "query", tiling.dtype)).exp2_()
+            weights, _ = softmax_base_2(tiling.scores(q, k, bias))
             grad = grads.load(piece, "query", tiling.dtype)
             gradients.add_value(piece, weights, grad)
             if gradients.need_scores:
                 grad_weights = grad @ values.load(piece, "key", tiling.dtype).transpose(1, 2)
-                grad_scores = grad_weights.sub_(deltas.load(piece, "query", tiling.dtype)).mul_(weights)
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
                 gradients.add_scores(piece, grad_scores, q, k)
         gradients.finish_geometry(runs)
     return gradients.result()
@@ -230,9 +225,8 @@ class _Gradients:
             _KeyGradient(query, tiling.dilation, tiling.dtype) if needed else None
             for needed in (needs_key, needs_value)
         )
-        self.table = (
-            tiling.table.new_zeros(tiling.heads, *(2 * k - 1 for k in tiling.kernel_size)) if needs_bias else None
-        )
+        shape = (tiling.heads, *(2 * kernel - 1 for kernel in tiling.kernel_size))
+        self.table = query.new_zeros(shape, dtype=torch.float64) if needs_bias else None
         self.need_scores = needs_query or needs_key or needs_bias
         self.bias = 0.0
 
@@ -258,9 +252,9 @@ class _Gradients:
         rank = len(runs)
         pairs = self.bias.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
         pairs = pairs.permute(0, *(axis + side for axis in range(1, rank + 1) for side in (0, rank)))
-        pairs = pairs.reshape(-1, *(run.queries * run.keys for run in runs))
+        pairs = pairs.reshape(-1, *(run.queries * run.keys for run in runs)).double()
         for run, kernel in zip(runs, self.tiling.kernel_size, strict=True):
-            # A product with zeros and ones instead of scattered adds: its order of summation is fixed on every device.
+            # A product with zeros and ones, unlike scattered adds, has a fixed order of summation on every device.
             offsets = _axis_offsets(_shape_only(run), kernel, pairs.device).flatten()
             entries = torch.arange(2 * kernel - 1, device=pairs.device)
             pairs = torch.tensordot(pairs, (offsets[:, None] == entries).to(pairs.dtype), dims=([1], [0]))
@@ -270,6 +264,14 @@ class _Gradients:
     def result(self) -> list[Tensor]:
         maps = (self.query and self.query.tensor, self.key and self.key.to_map(), self.value and self.value.to_map())
         return [gradient for gradient in (*maps, self.table) if gradient is not None]
+
+
+def softmax_base_2(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of scores in base 2, in place, and the logarithm to base 2 of its denominator."""
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    return weights.mul_(total.reciprocal()), total.log2_().add_(largest)
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
