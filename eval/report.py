@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 10
 NUM_MISTAKES = 2
+MIN_MAP = 4  # positions per axis; a coarser map shows nothing
 _TRAIN, _HELD_OUT, _GOOD, _BAD, _INK = "#9aa5b1", "#1f5fa8", "#2a7d4f", "#c0392b", "#2d3540"
 
 
@@ -79,7 +80,7 @@ def draw_report(run: str | Path) -> Path:
     if not epochs:
         raise UserError(f"{run}: no epoch is finished yet")
     examples = choose_examples(load_model(find_model(str(run))), config)
-    figure = Figure(figsize=(13, 8.2), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13, 7.6), dpi=130, facecolor="white", layout="constrained")
     _draw(figure, config, epochs, examples)
     return write_atomically(run / "report.png", lambda temporary: figure.savefig(temporary, format="png"))
 
@@ -118,7 +119,7 @@ def _by_resolution(records: list[AttentionRecord]) -> list[Tensor]:
     """Mean attention received over the modules of each resolution, (B, h, w), finest first."""
     sizes = sorted({record.received.shape[1:] for record in records}, reverse=True)
     maps = [torch.stack([record.received for record in records if record.received.shape[1:] == size]) for size in sizes]
-    return [stack.mean(0) for stack in maps if stack.shape[-1] > 1]
+    return [stack.mean(0) for stack in maps if min(stack.shape[2:]) >= MIN_MAP]
 
 
 def _describe(pixels: Tensor, targets: Tensor, logits: Tensor, maps: list[Tensor], images: Images) -> list[Example]:
@@ -138,14 +139,11 @@ def _describe(pixels: Tensor, targets: Tensor, logits: Tensor, maps: list[Tensor
 def _draw(figure: "Figure", config: TrainConfig, epochs: list[dict[str, Any]], examples: list[Example]) -> None:
     best = max(epochs, key=lambda record: record["val_top1"])
     rows = 1 + len(examples[0].attention)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3, 1.55 * rows])
-    figure.suptitle(
-        f"{config.model.name} on {config.data.name}: {best['val_top1']:.2f} % of {best['val_images']} held-out images"
-        f"  ·  {sum(record['seconds'] for record in epochs):.0f} s of training",
-        fontsize=15,
-        fontweight="bold",
-        color=_INK,
-    )
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 1.5 * rows])
+    seconds = sum(record["seconds"] for record in epochs)
+    title = f"{config.model.name} on {config.data.name}"
+    result = f"{best['val_top1']:.2f} % of {best['val_images']} held-out images after {seconds:.0f} s of training"
+    figure.suptitle(f"{title}: {result}\n", fontsize=15, fontweight="bold", color=_INK)
     _draw_curves(top, epochs, best)
     _draw_examples(bottom, examples, rows)
 
@@ -166,7 +164,7 @@ def _draw_curves(figure: "SubFigure", epochs: list[dict[str, Any]], best: dict[s
     accuracy.annotate(
         f"best {best['val_top1']:.2f} %, epoch {best['epoch']}",
         (best["epoch"], best["val_top1"]),
-        xytext=(0, -26),
+        xytext=(0, -44),
         textcoords="offset points",
         ha="right" if best["epoch"] > numbers[-1] / 2 else "left",
         color=_HELD_OUT,
@@ -195,10 +193,10 @@ def _draw_examples(figure: "SubFigure", examples: list[Example], rows: int) -> N
     grid[0, 0].set_ylabel("image and\nprediction", color=_INK)
     for row, attention in enumerate(examples[0].attention, start=1):
         height, width = attention.shape
-        grid[row, 0].set_ylabel(f"attention,\n{height}x{width} map", color=_INK)
+        grid[row, 0].set_ylabel(f"attention on\n{height}x{width} tokens", color=_INK)
     if rows > 1:
         bar = figure.colorbar(heat, ax=grid[1:, :], fraction=0.02, pad=0.01)
-        bar.set_label("attention received,\ntimes uniform")
+        bar.set_label("attention received\n(1 = uniform weights)", color=_INK)
         bar.outline.set_visible(False)
 
 
@@ -207,7 +205,8 @@ def _draw_attention(axes: Any, pixels: np.ndarray, attention: np.ndarray) -> Any
     height, width = pixels.shape[:2]
     extent = (0, width, height, 0)
     heat = axes.imshow(attention, cmap="magma", vmin=0, vmax=2, extent=extent, interpolation="bicubic")
-    axes.contour(
-        pixels.mean(2), levels=[128], colors="white", linewidths=0.9, extent=(0, width, 0, height), origin="upper"
-    )
+    grey = pixels.mean(2)
+    if np.ptp(grey) > 0:
+        outline = (grey.min() + grey.max()) / 2
+        axes.contour(grey, levels=[outline], colors="white", linewidths=0.9, extent=(0, width, 0, height))
     return heat

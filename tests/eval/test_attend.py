@@ -1,0 +1,90 @@
+import timm
+import torch
+from torch import nn
+
+import vicinal.zoo  # noqa: F401
+from vicinal.eval.attend import record_attention
+
+
+def run(model, images):
+    model = model.eval()
+    with torch.no_grad(), record_attention(model) as records:
+        logits = model(images)
+    return logits, records
+
+
+def test_records_every_attention_module_without_changing_the_output():
+    model = timm.create_model("nat_pico", num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 48)
+    logits, records = run(model, images)
+    assert torch.equal(model(images), logits)
+    assert len(records) == sum(hasattr(module, "attention_weights") for module in model.modules())
+    assert len({record.name for record in records}) == len(records)
+    first = records[0]
+    assert first.weights.shape[:3] == (2, 16, 12)
+    assert first.received.shape == (2, 16, 12)
+    for record in records:
+        # A softmax in float32 over K keys: K roundings of 6e-8.
+        total = record.weights.sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=record.weights.shape[-1] * 6e-8)
+        assert torch.isfinite(record.received).all()
+        assert (record.received >= 0).all()
+
+
+def test_hooks_are_removed():
+    model = timm.create_model("nat_pico", num_classes=10)
+    images = torch.randn(1, 3, 32, 32)
+    _, records = run(model, images)
+    count = len(records)
+    model(images)
+    assert len(records) == count
+
+
+class Toy(nn.Module):
+    """Attention over 4 tokens in a row: token 0 sees tokens 0 and 1, any other one its left neighbour and itself."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.softmax = weights
+
+    def pad(self, x):
+        return nn.functional.pad(x, (0, 0, 0, 4 - x.shape[2]))
+
+    def attention_weights(self, x):
+        return self.softmax
+
+    def aggregate(self, weights, value):
+        keys = torch.tensor([[0, 1], [0, 1], [1, 2], [2, 3]])
+        # value (B, 1, 4, heads, 1) -> (B, 1, 4 queries, 2 keys, heads, 1)
+        return (value[:, :, keys] * weights.transpose(-1, -2)[..., None]).sum(3)
+
+    def forward(self, x):
+        return x
+
+
+def test_attention_received_is_the_column_sum_over_that_of_uniform_weights():
+    weights = torch.tensor([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0], [0.75, 0.25]]).reshape(1, 1, 4, 1, 2)
+    _, records = run(nn.Sequential(Toy(weights)), torch.zeros(1, 1, 4, 1))
+    # Columns: 0 gets .25 + .5, 1 gets .75 + .5 + 1, 2 gets 0 + .75, 3 gets .25; uniform weights give 1, 1.5, 1, .5.
+    expected = torch.tensor([0.75 / 1, 2.25 / 1.5, 0.75 / 1, 0.25 / 0.5])
+    torch.testing.assert_close(records[0].received.flatten(), expected, rtol=0, atol=1e-7)
+
+
+def test_padded_queries_do_not_count():
+    weights = torch.tensor([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0], [0.75, 0.25]]).reshape(1, 1, 4, 1, 2)
+    _, records = run(nn.Sequential(Toy(weights)), torch.zeros(1, 1, 3, 1))
+    expected = torch.tensor([0.75 / 1, 2.25 / 1.5, 0.0 / 0.5])
+    torch.testing.assert_close(records[0].received.flatten(), expected, rtol=0, atol=1e-7)
+
+
+def test_constant_maps_attend_uniformly():
+    """Without position bias a constant map makes uniform weights, whatever the neighbourhoods: everywhere 1."""
+    model = timm.create_model("nat_pico", num_classes=10)
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias" in name:
+            nn.init.zeros_(parameter)
+    module = next(module for module in model.modules() if hasattr(module, "attention_weights"))
+    channels = module.qkv.in_features
+    _, records = run(nn.Sequential(module), torch.ones(1, 9, 11, channels))
+    # A sum of at most some hundred weights on either side of a quotient.
+    torch.testing.assert_close(records[0].received, torch.ones(1, 9, 11), rtol=0, atol=2e-5)
