@@ -85,16 +85,21 @@ def _to_map(windows: Tensor, like: Tensor, window: Sequence[int], partition: str
 
 def _order(like: Tensor, axis: int, window: Sequence[int], partition: str, shift: Sequence[int]) -> Tensor:
     """The positions of one axis, window after window."""
-    size = like.shape[1 + axis]
-    position = torch.arange(size, device=like.device)
+    position = torch.arange(like.shape[1 + axis], device=like.device)
     if partition == "grid":
         return position.reshape(window[axis], -1).t().flatten()
-    return (position + _effective_shift(position, window[axis], shift[axis])) % size
+    size = _size(position)
+    return (position + _effective_shift(size, window[axis], shift[axis])) % size
 
 
-def _effective_shift(position: Tensor, window: int, shift: int) -> Tensor:
-    """The shift, or zero where one window covers the axis, as a tensor: sizes may be symbolic here."""
-    return (position.amax() + 1 - window).clamp(max=shift)
+def _size(position: Tensor) -> Tensor:
+    """The size of an axis as a tensor: ONNX has no arithmetic between tensors and symbolic sizes."""
+    return position[-1:] + 1
+
+
+def _effective_shift(size: Tensor, window: int, shift: int) -> Tensor:
+    """The shift, or zero where one window covers the axis, without a branch on a size that may be symbolic."""
+    return (size - window).clamp(max=shift)
 
 
 def _regions(like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
@@ -110,5 +115,6 @@ def _regions(like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tenso
 
 def _axis_regions(like: Tensor, axis: int, window: int, shift: int) -> Tensor:
     position = torch.arange(like.shape[1 + axis], device=like.device)
-    wrapped = position >= like.shape[1 + axis] - _effective_shift(position, window, shift)
+    size = _size(position)
+    wrapped = position >= size - _effective_shift(size, window, shift)
     return wrapped.long().reshape(-1, window)
