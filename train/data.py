@@ -214,17 +214,19 @@ class TrainSampler(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         return self.num_images // (self.batch_size * self.world.size)
 
-    def order(self) -> list[SampleKey]:
-        """Every example of the epoch, over all processes."""
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(stream_seed("order", self.seed, self.epoch))
         indices = torch.randperm(self.num_images, generator=generator)
-        indices = indices.repeat_interleave(self.repeats)[: self.num_images].tolist()
-        return [SampleKey(self.epoch, index, position % self.repeats) for position, index in enumerate(indices)]
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        order, width = self.order(), self.batch_size * self.world.size
-        for start in range(0, len(self) * width, width):
-            yield order[start + self.world.rank : start + width : self.world.size]
+        # Stays a tensor: a million keys would take seconds and hundreds of megabytes in every process.
+        indices = indices.repeat_interleave(self.repeats)[: self.num_images]
+        width, stride = self.batch_size * self.world.size, self.world.size
+        for start in range(self.world.rank, len(self) * width, width):
+            positions = range(start, start + self.batch_size * stride, stride)
+            own = indices[start : positions[-1] + 1 : stride].tolist()
+            yield [
+                SampleKey(self.epoch, index, position % self.repeats)
+                for index, position in zip(own, positions, strict=True)
+            ]
 
 
 class EvalSampler(Sampler[list[int]]):

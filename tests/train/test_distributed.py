@@ -79,6 +79,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, small, train, 
         torch.testing.assert_close(other, tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_distributed_run_resumes_bit_for_bit(tmp_path, small, jpeg_tree, records):
     common = ("--data", jpeg_tree, "--workers", 0, "--batch-size", 4, "--schedule", "constant", "--drop-path-rate", 0.1)
     arguments = small_with(small, *common)

@@ -104,10 +104,11 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, records, mo
     assert_identical(*under_training)
 
 
-def test_resume_from_another_folder_and_further(train, records):
+@pytest.mark.parametrize("inside", ["", "last"])
+def test_resume_from_another_folder_and_further(train, records, inside):
     _, first = train("--epochs", 1, "--schedule", "constant", output="first")
     _, whole = train("--epochs", 2, "--schedule", "constant", output="whole")
-    code, second = train("--epochs", 2, "--schedule", "constant", "--resume", first, output="second")
+    code, second = train("--epochs", 2, "--schedule", "constant", "--resume", first / inside, output="second")
     assert code == 0
     assert_identical(weights(second), weights(whole))
     assert records(second) == records(whole)
