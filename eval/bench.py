@@ -1,7 +1,7 @@
 """``vicinal bench ops``: CPU time and memory of the attention operators, beside what one would write without them.
 
 Every implementation of a case runs in turn, again and again, inside one process, and the least process CPU time of each
-counts: other work on the machine slows all of them alike. Ratios inside one run count, times of two runs do not compare.
+counts: other work on the machine slows all of them alike. Ratios inside one run count; times of two runs do not.
 """
 
 import csv
