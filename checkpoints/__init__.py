@@ -1,1 +1,20 @@
-"""To be described."""
+"""Weights: files on disk, key maps from every released layout to ours, and the table of released weights.
+
+Files that this room writes are safetensors, written under a temporary name and renamed; files that it reads are never
+unpickled beyond tensors (``weights_only=True``).
+"""
+
+from .convert import convert, rename_keys
+from .files import load, save, save_model, write_atomically
+from .released import RELEASED, ReleasedWeights
+
+__all__ = [
+    "RELEASED",
+    "ReleasedWeights",
+    "convert",
+    "load",
+    "rename_keys",
+    "save",
+    "save_model",
+    "write_atomically",
+]

@@ -1,1 +1,8 @@
-"""To be described."""
+"""The models. Importing this module registers them with timm: ``timm.create_model("nat_mini")``."""
+
+from timm import create_model, list_models
+
+from .davit import DaViT
+from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
+
+__all__ = ["DaViT", "IsotropicNeighborhoodTransformer", "NeighborhoodTransformer", "create_model", "list_models"]

@@ -1,0 +1,44 @@
+"""Key maps: one module per family, each with ``LAYOUTS``, the foreign layouts that it can rename to ours."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Replacement = str | Callable[[re.Match], str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A foreign layout of a family's state dict.
+
+    Attributes:
+        mark: a key that only this layout has, whether or not the classifier is there.
+        rules: pairs of regular expression and replacement, applied in order, all that match.
+        dropped: regular expressions of entries that hold no weights (index buffers) and are left out.
+    """
+
+    mark: str
+    rules: tuple[tuple[str, Replacement], ...]
+    dropped: tuple[str, ...] = ()
+
+    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
+        """Whether the state dict has this layout."""
+        return self.mark in state_dict
+
+    def rename(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors under our names."""
+        kept = (key for key in state_dict if not any(re.search(pattern, key) for pattern in self.dropped))
+        return {self.rename_key(key): state_dict[key] for key in kept}
+
+    def rename_key(self, key: str) -> str:
+        """Our name of one entry."""
+        for pattern, replacement in self.rules:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+
+def next_stage(suffix: str = "downsample") -> Callable[[re.Match], str]:
+    """For layouts that keep a downsampling step at the end of a stage: ours opens the stage that follows."""
+    return lambda match: f"stages.{int(match[1]) + 1}.{suffix}"

@@ -1,0 +1,81 @@
+"""From a released layout to ours: rename by the family's key map, then hold the result against the model."""
+
+import importlib
+from collections.abc import Mapping
+
+from timm.models import is_model, model_entrypoint
+from torch import Tensor
+
+from .files import unwrap
+
+_PACKAGE = __package__.rpartition(".")[0]
+
+
+def rename_keys(family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict of any layout that the family's key map knows; ours comes back unchanged.
+
+    Args:
+        family: name of the family's key map, which is the name of its file in the zoo (``nat``, ``davit``).
+        state_dict: tensors by name, in any order, with or without a classifier.
+    """
+    key_map = importlib.import_module(f".keys.{family}", __package__)
+    for layout in key_map.LAYOUTS:
+        if layout.matches(state_dict):
+            return layout.rename(state_dict)
+    return dict(state_dict)
+
+
+def convert(name: str, state_dict: Mapping[str, object], **model_args: object) -> dict[str, Tensor]:
+    """Turn an official state dict, or timm's where timm has the family, into ours, strictly.
+
+    Args:
+        name: registered model name; ``import vicinal.zoo`` registers them.
+        state_dict: the official state dict, or the training checkpoint around it.
+        **model_args: options the model is built with, as for ``timm.create_model``; the class count is read from
+            the classifier unless given.
+
+    Returns:
+        A state dict that ``load_state_dict(strict=True)`` of the named model takes.
+
+    Raises:
+        ValueError: unknown name; or one report of every key that is missing, left over, or of another shape.
+    """
+    family = _family_of(name)
+    renamed = rename_keys(family, unwrap(state_dict))
+    expected = _expected_shapes(name, renamed, model_args)
+    problems = _compare({key: tuple(value.shape) for key, value in renamed.items()}, expected)
+    if problems:
+        raise ValueError(f"{name}: the state dict does not fit:\n" + "\n".join(problems))
+    return renamed
+
+
+def _family_of(name: str) -> str:
+    if not is_model(name):
+        raise ValueError(f"unknown model {name!r}: import {_PACKAGE}.zoo first, then see timm.list_models()")
+    module = model_entrypoint(name).__module__
+    if not module.startswith(f"{_PACKAGE}.zoo."):
+        raise ValueError(f"{name!r} is timm's own model; ours is {name}_vicinal or has another name")
+    return module.rpartition(".")[2]
+
+
+def _expected_shapes(name: str, renamed: Mapping[str, Tensor], model_args: dict) -> dict[str, tuple[int, ...]]:
+    from timm import create_model
+    from timm.models import get_pretrained_cfg
+
+    classifier = get_pretrained_cfg(name).classifier
+    weight = renamed.get(f"{classifier}.weight")
+    if weight is not None:
+        model_args = {"num_classes": len(weight), **model_args}
+    model = create_model(name, device="meta", **model_args)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _compare(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    missing = [f"  missing: {key} {shape}" for key, shape in expected.items() if key not in given]
+    left_over = [f"  left over: {key} {shape}" for key, shape in given.items() if key not in expected]
+    reshaped = [
+        f"  shape: {key} is {shape}, expected {expected[key]}"
+        for key, shape in given.items()
+        if key in expected and shape != expected[key]
+    ]
+    return missing + left_over + reshaped

@@ -1,0 +1,90 @@
+"""Weights that the authors of each family released: where they lie, under which licence, what they reach.
+
+The accuracies are the authors' own, on the ImageNet-1k validation set at the variant's native size. ``sha256`` stays
+empty where the authors give no hash; the files are read with ``weights_only=True`` in either case.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReleasedWeights:
+    """One released checkpoint.
+
+    Attributes:
+        url: address of the file, or empty where it lies on the Hugging Face Hub.
+        hf_hub_id: repository on the Hub, or empty.
+        num_classes: rows of its classifier.
+        top1: published ImageNet-1k top-1 accuracy in percent; None where none was published (22k pre-training).
+        license: SPDX name of the licence of the weights.
+        origin: the repository that released it.
+        sha256: hash of the file, where known.
+    """
+
+    url: str = ""
+    hf_hub_id: str = ""
+    num_classes: int = 1000
+    top1: float | None = None
+    license: str = "mit"
+    origin: str = ""
+    sha256: str = ""
+
+
+_SHI_LABS = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
+_NAT_FILES = "https://shi-labs.com/projects/nat/checkpoints/CLS"
+_DINAT_FILES = "https://shilab.cs.uoregon.edu/projects/dinat/checkpoints"
+
+
+def _nat(size: str, top1: float) -> dict[str, ReleasedWeights]:
+    weights = ReleasedWeights(url=f"{_NAT_FILES}/nat_{size}.pth", top1=top1, origin=_SHI_LABS)
+    return {f"nat_{size}.shi_in1k": weights}
+
+
+def _dinat(name: str, file: str, top1: float | None = None, tag: str = "shi_in1k") -> dict[str, ReleasedWeights]:
+    num_classes = 1000 if tag.endswith("in1k") else 21841
+    url = f"{_DINAT_FILES}/{file}.pth"
+    return {f"{name}.{tag}": ReleasedWeights(url=url, num_classes=num_classes, top1=top1, origin=_SHI_LABS)}
+
+
+def _davit(size: str, top1: float) -> dict[str, ReleasedWeights]:
+    weights = ReleasedWeights(
+        hf_hub_id=f"timm/davit_{size}.msft_in1k",
+        top1=top1,
+        license="apache-2.0",
+        origin="https://github.com/dingmyu/davit",
+    )
+    return {f"davit_{size}_vicinal.msft_in1k": weights}
+
+
+_FINE_TUNED = "shi_in22k_ft_in1k"
+
+RELEASED: dict[str, ReleasedWeights] = {
+    **_nat("mini", 81.8),
+    **_nat("tiny", 83.2),
+    **_nat("small", 83.7),
+    **_nat("base", 84.3),
+    **_dinat("dinat_mini", "imagenet1k/dinat_mini_in1k_224", 81.8),
+    **_dinat("dinat_tiny", "imagenet1k/dinat_tiny_in1k_224", 82.7),
+    **_dinat("dinat_small", "imagenet1k/dinat_small_in1k_224", 83.8),
+    **_dinat("dinat_base", "imagenet1k/dinat_base_in1k_224", 84.4),
+    **_dinat("dinat_large", "imagenet1k/dinat_large_in22k_in1k_224", 86.6, _FINE_TUNED),
+    **_dinat("dinat_large_384", "imagenet1k/dinat_large_in22k_in1k_384", 87.4, _FINE_TUNED),
+    **_dinat("dinat_large_384_11x11", "imagenet1k/dinat_large_in22k_in1k_384_11x11", 87.5, _FINE_TUNED),
+    **_dinat("dinat_large_21k", "imagenet22k/dinat_large_in22k_224", tag="shi_in22k"),
+    **_dinat("dinat_large_21k_11x11", "imagenet22k/dinat_large_in22k_224_11x11interp", tag="shi_in22k"),
+    **_dinat("dinat_s_tiny", "imagenet1k/dinat_s_tiny_1k_224", 81.8),
+    **_dinat("dinat_s_small", "imagenet1k/dinat_s_small_1k_224", 83.5),
+    **_dinat("dinat_s_base", "imagenet1k/dinat_s_base_1k_224", 83.8),
+    **_dinat("dinat_s_large", "imagenet1k/dinat_s_large_1k_224", 86.5, _FINE_TUNED),
+    **_dinat("dinat_s_large_384", "imagenet1k/dinat_s_large_1k_384", 87.4, _FINE_TUNED),
+    **_dinat("dinat_s_large_21k", "imagenet22k/dinat_s_large_in22k_224", tag="shi_in22k"),
+    **_dinat("nat_isotropic_small", "isotropic/nat_isotropic_small_in1k_224", 80.0),
+    **_dinat("nat_isotropic_base", "isotropic/nat_isotropic_base_in1k_224", 81.6),
+    **_dinat("dinat_isotropic_small", "isotropic/dinat_isotropic_small_in1k_224", 80.8),
+    **_dinat("dinat_isotropic_base", "isotropic/dinat_isotropic_base_in1k_224", 82.1),
+    **_dinat("vitrpb_small", "isotropic/vitrpb_small_in1k_224", 81.2),
+    **_dinat("vitrpb_base", "isotropic/vitrpb_base_in1k_224", 82.5),
+    **_davit("tiny", 82.8),
+    **_davit("small", 84.2),
+    **_davit("base", 84.6),
+}

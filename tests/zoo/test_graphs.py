@@ -1,0 +1,111 @@
+"""The models as graphs: torch.compile, torch.export and ONNX keep the numbers, at sizes other than the traced one."""
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import vicinal.zoo  # noqa: F401
+
+# One of each family and layout, debug-sized. vitrpb is cut to two blocks.
+MODELS = {
+    "nat_pico": {},
+    "dinat_pico": {},
+    "dinat_s_tiny": {"embed_dim": 32, "depths": (1, 2), "num_heads": (1, 2), "dilations": (1, 2), "kernel_size": 3},
+    "vitrpb_small": {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64},
+    "davit_pico_vicinal": {},
+}
+# Even and odd maps, divisible by nothing in particular; the first one traces the graph.
+SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]
+names = pytest.mark.parametrize("name", MODELS)
+
+
+def create(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **MODELS[name]).eval()
+
+
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, 3, height, width, generator=generator) for batch, height, width in SIZES]
+
+
+def assert_same_numbers(actual: Tensor, expected: Tensor) -> None:
+    # float32 kernels of another graph sum in another order, over some ten layers
+    assert (actual - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@names
+def test_compile_without_graph_breaks_trains_at_several_sizes(name: str):
+    torch._dynamo.reset()
+    model, eager = create(name).train(), create(name).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for image in images():
+        model.zero_grad()
+        eager.zero_grad()
+        actual, expected = compiled(image), eager(image)
+        actual.square().sum().backward()
+        expected.square().sum().backward()
+        assert_same_numbers(actual, expected)
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            assert (ours.grad - theirs.grad).abs().max() <= 1e-3 * theirs.grad.abs().max() + 1e-7
+
+
+@pytest.mark.slow
+@names
+def test_compile_with_inductor(name: str):
+    torch._dynamo.reset()
+    model = create(name)
+    compiled = torch.compile(model, fullgraph=True)
+    image = images()[0]
+    with torch.no_grad():
+        assert_same_numbers(compiled(image), model(image))
+
+
+def dynamic_shapes() -> tuple:
+    return ({0: Dim("batch", min=1, max=64), 2: Dim("height", min=64, max=512), 3: Dim("width", min=64, max=512)},)
+
+
+@names
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_dynamic_batch_and_size(name: str, strict: bool):
+    model = create(name)
+    program = torch.export.export(model, (images()[0],), dynamic_shapes=dynamic_shapes(), strict=strict)
+    for image in images():
+        with torch.no_grad():
+            assert_same_numbers(program.module()(image), model(image))
+
+
+@names
+def test_onnx_with_dynamic_batch_and_size(name: str, tmp_path: Path):
+    model = create(name)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (images()[0],), path, dynamic_shapes=dynamic_shapes(), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for image in images():
+        (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+        with torch.no_grad():
+            assert_same_numbers(torch.from_numpy(logits), model(image))
+
+
+@names
+def test_a_scripted_model_trains(name: str):
+    model = create(name).train()
+    scripted = torch.jit.script(model)
+    image = images()[0]
+    scripted(image).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(image).square().sum().backward()
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        assert (gradient - parameter.grad).abs().max() <= 1e-4 * parameter.grad.abs().max() + 1e-7
+
+
+def test_a_scripted_model_refuses_attention_dropout():
+    scripted = torch.jit.script(timm.create_model("nat_pico", attn_drop_rate=0.1).train())
+    with pytest.raises(torch.jit.Error, match="annotated to be ignored and cannot be run"):
+        scripted(torch.randn(1, 3, 32, 32))

@@ -1,0 +1,72 @@
+"""The models against the official networks: parameters, logits, stage features and gradients, from the golden files.
+
+Tolerances: the official networks' own float32 noise is 1e-6 to 6e-6 of the logits' deviation (recorded in the golden
+files); 1e-4 leaves room for another order of summation over some twenty blocks and none for another formula.
+"""
+
+import pytest
+import timm
+import torch
+from golden import Golden, gradient_norms, list_golden, probe
+
+import vicinal.zoo  # noqa: F401
+from vicinal.checkpoints import convert
+from vicinal.checkpoints.convert import rename_keys
+
+GOLDEN = list_golden("nat", "dinat", "davit")
+WITH_FIGURES = [golden for golden in GOLDEN if golden.data["golden"]]
+WITH_GRADIENTS = [golden for golden in WITH_FIGURES if "grad_probe" in golden.data]
+
+
+def create(golden: Golden) -> torch.nn.Module:
+    model = timm.create_model(golden.name)
+    model.load_state_dict(convert(golden.name, golden.state_dict()))
+    return model.eval()
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=repr)
+def test_official_keys_and_parameter_count(golden: Golden):
+    shapes = {key: torch.empty(shape, device="meta") for key, shape in golden.shapes.items()}
+    model = timm.create_model(golden.name, device="meta")
+    model.load_state_dict(convert(golden.name, shapes), strict=True, assign=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == golden.data["params"]
+
+
+@pytest.mark.parametrize(
+    ("golden", "tag"),
+    [(golden, tag) for golden in WITH_FIGURES for tag in golden.data["inputs"]],
+    ids=str,
+)
+def test_logits_and_features(golden: Golden, tag: str):
+    model = create(golden)
+    image = golden.image(tag)
+    with torch.no_grad():
+        logits = model(image)
+        features = model.forward_intermediates(image, intermediates_only=True)
+    expected = golden.logits[tag]
+    assert (logits - expected).abs().max() <= 1e-4 * expected.std()
+    recorded = [value for key, value in golden.data["features"].get(tag, {}).items() if key[:5] in ("stage", "block")]
+    for feature, figures in zip(features, recorded, strict=bool(recorded)):
+        assert list(feature.shape) == figures["shape"]
+        assert feature.double().mean().item() == pytest.approx(figures["mean"], abs=1e-4 * figures["std"])
+        assert feature.double().std(correction=0).item() == pytest.approx(figures["std"], rel=1e-4)
+        difference = probe(feature) - torch.tensor(figures["values"])
+        assert difference.abs().max() <= 1e-4 * figures["std"]
+
+
+@pytest.mark.parametrize("golden", WITH_GRADIENTS, ids=repr)
+def test_gradients(golden: Golden):
+    model = create(golden).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    loss, norms = gradient_norms(model, golden.image("default"))
+    expected = golden.data["grad_probe"]
+    scale = golden.logits["default"].std().item() * golden.logits["default"].numel() ** 0.5
+    assert loss == pytest.approx(expected["loss"], abs=1e-4 * scale)
+    family = type(model).__module__.rpartition(".")[2]
+    names = rename_keys(family, {key: key for key in golden.shapes})
+    assert set(names) == set(norms)
+    for name, official in names.items():
+        # norms below 1e-6 are zeros of the mathematics, reached by cancellation
+        assert norms[name] == pytest.approx(expected["norms"][official], rel=1e-3, abs=1e-6), name

@@ -1,0 +1,77 @@
+"""timm's own test suite on our models."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+from timm.models import model_entrypoint
+
+import vicinal.zoo  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache"
+LARGEST = 60e6
+# One debug-sized variant of each family and layout; timm runs eleven tests on every model, and seven more on ours.
+SMALL = ["nat_pico", "dinat_pico", "davit_pico_vicinal"]
+TESTS_PER_MODEL = 18
+
+
+def fetch_timm_tests() -> Path:
+    """timm's test_models.py from its source distribution; wheels do not have it."""
+    folder = CACHE / f"timm-{timm.__version__}"
+    if not (folder / "tests").is_dir():
+        CACHE.mkdir(exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        subprocess.run([*pip, "--no-build-isolation", f"timm=={timm.__version__}", "-d", str(CACHE)], check=True)
+        with tarfile.open(folder.with_name(f"{folder.name}.tar.gz")) as archive:
+            archive.extractall(CACHE, filter="data")
+    return folder / "tests" / "test_models.py"
+
+
+def run_timm_tests(*names: str, timeout: int) -> str:
+    """Run timm's tests on models of ours; returns what pytest printed."""
+    tests = fetch_timm_tests()
+    command = [sys.executable, "-m", "pytest", "-p", "timm_models", "-p", "no:cacheprovider", "-q", "--no-header"]
+    command += ["--import-mode=importlib", "-c", os.devnull, f"--rootdir={tests.parents[1]}", str(tests)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "tests" / "acceptance"),
+        "VICINAL_ACCEPTANCE": ",".join(names),
+        "OMP_NUM_THREADS": "1",
+        "TIMEOUT": str(timeout),
+    }
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    return run.stdout
+
+
+def count_passed(output: str) -> int:
+    return int(re.search(r"(\d+) passed", output).group(1))
+
+
+def list_standard_names() -> list[str]:
+    ours = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("vicinal.")]
+    sizes = {name: sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) for name in ours}
+    return sorted((name for name in ours if sizes[name] < LARGEST), key=sizes.get)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def timm_tests():
+    return fetch_timm_tests()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SMALL)
+def test_debug_sized_variants(name: str):
+    assert count_passed(run_timm_tests(name, timeout=300)) >= TESTS_PER_MODEL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in list_standard_names() if name not in SMALL])
+def test_every_variant_below_60m_parameters(name: str):
+    assert count_passed(run_timm_tests(name, timeout=1800)) >= TESTS_PER_MODEL

@@ -1,0 +1,285 @@
+"""Attention over local windows of channels-last maps, as modules over :mod:`vicinal.kernels`."""
+
+from typing import Final, List, Sequence, Tuple, Union
+
+import torch
+from timm.layers import register_notrace_function, to_2tuple, trunc_normal_, use_fused_attn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels import neighborhood_attention, window_attention
+from ...kernels.neighborhood import aggregate as neighborhood_aggregate
+from ...kernels.neighborhood import neighborhood_attention_weights
+from ...kernels.window import aggregate as window_aggregate
+from ...kernels.window import window_attention_weights
+from .padding import crop, pad_to_minimum, pad_to_multiple
+
+
+class LocalAttention(nn.Module):
+    """Projections, dropout and padding around a local attention; a subclass says which tokens see which.
+
+    Args:
+        dim: channels, a multiple of ``num_heads``.
+        num_heads: number of heads.
+        qkv_bias: whether the packed query, key and value projection has a bias.
+        attn_drop: dropout on the attention weights, which takes the unfused path while training.
+        proj_drop: dropout after the output projection.
+
+    Shape:
+        (B, H, W, dim) to the same, at any height and width.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        query, key, value = self.project(self.pad(x))
+        dropping = self.training and self.attn_drop.p > 0.0
+        if (self.fused_attn or torch.jit.is_scripting()) and not dropping:
+            x = self.attend(query, key, value)
+        else:
+            x = self.attend_by_weights(query, key, value)
+        x = crop(x.flatten(3), height, width)
+        return self.proj_drop(self.proj(x))
+
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, W, heads, head_dim), as views of the packed projection."""
+        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).unbind(3)
+        return query, key, value
+
+    @torch.jit.unused
+    def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same as ``attend``, with the weights passing through ``attn_drop``, where hooks can read them."""
+        return self.aggregate(self.attn_drop(self.weights(query, key)), value)
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, keys) of the queries of a map (B, H, W, dim), padding cropped."""
+        query, key, _ = self.project(self.pad(x))
+        return crop(self.weights(query, key), x.shape[1], x.shape[2])
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Bring a map to a size that the attention takes."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention output, of the shape of ``query``."""
+        raise NotImplementedError
+
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, keys)."""
+        raise NotImplementedError
+
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values by weights, of the shape of ``value``."""
+        raise NotImplementedError
+
+
+class NeighborhoodAttention(LocalAttention):
+    """Each token attends to the nearest ``kernel_size`` tokens of its dilation group, with a relative position bias.
+
+    A map smaller than ``kernel_size * dilation`` is zero-padded before the projection, as natten up to 0.15 did.
+
+    Args:
+        kernel_size: neighbours per axis.
+        dilation: step between neighbours per axis.
+        relative_position_bias: learn a bias (heads, 2 * kernel_size - 1 per axis).
+        **kwargs: see :class:`LocalAttention`.
+
+    Source:
+        Hassani et al., arXiv:2204.07143, section 3.1; dilation: arXiv:2209.15001, section 3.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: Union[int, Sequence[int]] = 7,
+        dilation: Union[int, Sequence[int]] = 1,
+        relative_position_bias: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        self.kernel_size: List[int] = list(to_2tuple(kernel_size))
+        self.dilation: List[int] = list(to_2tuple(dilation))
+        self.minimum: List[int] = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        self.relative_position_bias = None
+        if relative_position_bias:
+            table = (num_heads, *(2 * size - 1 for size in self.kernel_size))
+            self.relative_position_bias = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.relative_position_bias is not None:
+            trunc_normal_(self.relative_position_bias, std=0.02)
+
+    def pad(self, x: Tensor) -> Tensor:
+        return pad_to_minimum(x, self.minimum)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        bias = self.relative_position_bias
+        if torch.jit.is_scripting():
+            return torch.ops.vicinal.neighborhood_attention(
+                query, key, value, self.kernel_size, [1], self.dilation, [False], bias, None
+            )[0]
+        return neighborhood_attention(
+            query, key, value, self.kernel_size, dilation=self.dilation, relative_position_bias=bias
+        )
+
+    @torch.jit.unused
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        return neighborhood_attention_weights(
+            query, key, self.kernel_size, dilation=self.dilation, relative_position_bias=self.relative_position_bias
+        )
+
+    @torch.jit.unused
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        return neighborhood_aggregate(weights, value, self.kernel_size, dilation=self.dilation)
+
+
+class GlobalAttention(LocalAttention):
+    """Every token attends to every token with a relative position bias: the neighborhood is the whole map.
+
+    Args:
+        grid_size: height and width of the map that the bias table (heads, 2 * height - 1, 2 * width - 1) is for; it is
+            resized to maps of another size.
+        **kwargs: see :class:`LocalAttention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, grid_size: Tuple[int, int], device=None, dtype=None, **kwargs) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        table = (num_heads, *(2 * size - 1 for size in grid_size))
+        self.relative_position_bias = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.relative_position_bias, std=0.02)
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        size = [query.shape[1], query.shape[2]]
+        bias = expand_table(self.relative_position_bias, size).to(query.dtype)
+        query, key, value = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
+        return x.transpose(1, 2).unflatten(1, size)
+
+    @torch.jit.unused
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        size = [query.shape[1], query.shape[2]]
+        query, key = (x.flatten(1, 2).transpose(1, 2).float() for x in (query, key))
+        scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        weights = (scores + expand_table(self.relative_position_bias, size)).softmax(dim=-1)
+        return weights.transpose(1, 2).unflatten(1, size)
+
+    @torch.jit.unused
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        values = value.flatten(1, 2).to(weights.dtype)
+        return torch.einsum("byxhn,bnhd->byxhd", weights, values).to(value.dtype)
+
+
+class WindowAttention(LocalAttention):
+    """Attention inside non-overlapping windows; a map that does not divide is zero-padded before the projection.
+
+    Args:
+        window_size: height and width of a window.
+        partition: "block" for contiguous windows, "grid" for strided ones (MaxViT).
+        relative_position_bias: learn a bias (heads, 2 * window - 1 per axis).
+        **kwargs: see :class:`LocalAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Union[int, Sequence[int]] = 7,
+        partition: str = "block",
+        relative_position_bias: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        self.window_size: List[int] = list(to_2tuple(window_size))
+        self.partition = partition
+        self.relative_position_bias = None
+        if relative_position_bias:
+            table = (num_heads, *(2 * size - 1 for size in self.window_size))
+            self.relative_position_bias = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.relative_position_bias is not None:
+            trunc_normal_(self.relative_position_bias, std=0.02)
+
+    def pad(self, x: Tensor) -> Tensor:
+        return pad_to_multiple(x, self.window_size)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        bias = self.relative_position_bias
+        if torch.jit.is_scripting():
+            return torch.ops.vicinal.window_attention(
+                query, key, value, self.window_size, self.partition, [0], bias, None
+            )[0]
+        return window_attention(
+            query, key, value, self.window_size, partition=self.partition, relative_position_bias=bias
+        )
+
+    @torch.jit.unused
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        return window_attention_weights(
+            query,
+            key,
+            self.window_size,
+            partition=self.partition,
+            relative_position_bias=self.relative_position_bias,
+        )
+
+    @torch.jit.unused
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        return window_aggregate(weights, value, self.window_size, partition=self.partition)
+
+
+@register_notrace_function
+def expand_table(table: Tensor, size: List[int]) -> Tensor:
+    """Bias (heads, H * W, H * W) of every pair of a map, from a relative table (heads, 2h - 1, 2w - 1).
+
+    Entry (query, key) is the table at key - query; a table for maps of another size is resized bicubically.
+    """
+    height, width = size[0], size[1]
+    tracing = False
+    if not torch.jit.is_scripting():
+        tracing = torch.compiler.is_compiling()
+    # interpolation to the same size is the identity; while tracing the sizes are symbols and may not be compared
+    if tracing or table.shape[1] != 2 * height - 1 or table.shape[2] != 2 * width - 1:
+        table = F.interpolate(table[None], size=[2 * height - 1, 2 * width - 1], mode="bicubic", align_corners=False)[0]
+    rows = torch.arange(height, device=table.device)
+    columns = torch.arange(width, device=table.device)
+    row_offsets = rows[None, :] - rows[:, None] + height - 1
+    column_offsets = columns[None, :] - columns[:, None] + width - 1
+    bias = table[:, row_offsets[:, None, :, None], column_offsets[None, :, None, :]]
+    return bias.flatten(3, 4).flatten(1, 2)

@@ -1,0 +1,158 @@
+"""DaViT: spatial window attention and channel group attention in turn.
+
+Paper: DaViT: Dual Attention Vision Transformers (arXiv:2204.03645). Official code: dingmyu/davit. The parameters are
+named as in timm's ``davit``, whose checkpoints load unchanged.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from timm.layers import ClNormMlpClassifierHead, LayerNorm, calculate_drop_path_rates
+from torch import Tensor, nn
+
+from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
+from .blocks.attention import WindowAttention
+from .blocks.embed import ConvEmbed
+from .blocks.transformer import TransformerBlock
+from .names import Variant, default_cfgs_of, register_variants
+
+__all__ = ["DaViT", "checkpoint_filter_fn"]
+
+
+class ChannelAttention(nn.Module):
+    """Attention between the channels of a group, over all positions: the features are the tokens.
+
+    Args:
+        dim: channels, a multiple of ``num_heads``.
+        num_heads: number of channel groups.
+
+    Shape:
+        (B, H, W, dim) to the same.
+
+    Source:
+        arXiv:2204.03645, section 3.2. The weights are softmax(k^T v) and act on the queries, scaled by the group's
+        width as the released code has it, not by the number of positions.
+    """
+
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        weights = ((key * self.scale).transpose(-2, -1) @ value).softmax(dim=-1)
+        x = query @ weights.transpose(-2, -1)
+        return self.proj(x.transpose(1, 2).reshape(batch, height, width, channels))
+
+
+class DaViT(Backbone):
+    """DaViT.
+
+    Args:
+        embed_dims: channels of each stage.
+        depths: pairs of a spatial and a channel block in each stage.
+        num_heads: heads, and channel groups, of each stage.
+        window_size: of the spatial attention.
+        mlp_ratio: hidden width of the MLP as a multiple of its input.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after projections.
+        attn_drop_rate: dropout on the weights of spatial attention.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (1, 1, 3, 1),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        # the official rates run over single blocks, two a pair
+        drop_paths = calculate_drop_path_rates(drop_path_rate, [2 * depth for depth in depths], stagewise=True)
+
+        def pair(stage: int, index: int) -> nn.Sequential:
+            dim, heads = embed_dims[stage], num_heads[stage]
+            rates = drop_paths[stage][2 * index : 2 * index + 2]
+            spatial = WindowAttention(
+                dim,
+                heads,
+                window_size,
+                relative_position_bias=False,
+                attn_drop=attn_drop_rate,
+                proj_drop=proj_drop_rate,
+                **dd,
+            )
+            block = partial(
+                TransformerBlock, dim, mlp_ratio=mlp_ratio, position_encodings=2, proj_drop=proj_drop_rate, **dd
+            )
+            channel = ChannelAttention(dim, heads, **dd)
+            return nn.Sequential(block(spatial, drop_path=rates[0]), block(channel, drop_path=rates[1]))
+
+        stages = [
+            Stage(
+                [pair(stage, index) for index in range(depth)],
+                ConvEmbed(embed_dims[stage - 1], embed_dims[stage], 2, 2, norm_first=True, multiple=2, **dd)
+                if stage
+                else None,
+            )
+            for stage, depth in enumerate(depths)
+        ]
+        super().__init__(
+            stem=ConvEmbed(in_chans, embed_dims[0], 7, 4, 3, image=True, multiple=4, **dd),
+            stages=stages,
+            norm=nn.Identity(),
+            head=ClNormMlpClassifierHead(
+                embed_dims[-1],
+                num_classes,
+                pool_type=global_pool,
+                drop_rate=drop_rate,
+                norm_layer=partial(LayerNorm, eps=1e-5),
+                **dd,
+            ),
+            widths=embed_dims,
+            reductions=[4 * 2**stage for stage in range(len(depths))],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            output_fmt="NHWC",
+        )
+
+
+def _variant(embed_dims: Sequence[int], depths: Sequence[int], window_size: int = 7, **cfg) -> Variant:
+    heads = tuple(dim // 32 for dim in embed_dims)
+    args = {"embed_dims": tuple(embed_dims), "depths": depths, "num_heads": heads, "window_size": window_size}
+    return Variant(args, cfg)
+
+
+VARIANTS = {
+    "davit_pico": _variant((32, 64, 96, 160), (1, 1, 1, 1), 4, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+    "davit_tiny": _variant((96, 192, 384, 768), (1, 1, 3, 1)),
+    "davit_small": _variant((96, 192, 384, 768), (1, 1, 9, 1)),
+    "davit_base": _variant((128, 256, 512, 1024), (1, 1, 9, 1)),
+    "davit_large": _variant((192, 384, 768, 1536), (1, 1, 9, 1)),
+    "davit_large_window12_384": _variant(
+        (192, 384, 768, 1536), (1, 1, 9, 1), 12, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0
+    ),
+    "davit_huge": _variant((256, 512, 1024, 2048), (1, 1, 9, 1)),
+    "davit_giant": _variant((384, 768, 1536, 3072), (1, 1, 12, 3)),
+}
+
+default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv", crop_pct=0.9)
+
+register_variants(__name__, VARIANTS, partial(build_backbone, DaViT))
