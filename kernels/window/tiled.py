@@ -17,12 +17,18 @@ from ..checks import per_axis
 from ..dispatch import statistics_dtype
 from .geometry import bias_index
 
-CHUNK_SCORES = 1 << 19
-"""Scores of a chunk: 2 MB in float32, so that the passes of the softmax stay in the second-level cache."""
+SCORES_IN_CACHE = 1 << 19
+"""Scores of a chunk on the CPU: 2 MB in float32, so that the passes of the softmax stay in the second-level cache."""
+SCORES_ON_DEVICE = 1 << 26
+"""Elsewhere each chunk costs kernel launches, and only the memory (256 MB) is a limit."""
 
 
 class Piece(NamedTuple):
-    """Part of the windows of one axis whose tokens lie evenly spaced in the map."""
+    """Part of the windows of one axis whose tokens lie evenly spaced in the map.
+
+    It holds `windows` windows of the chunk from `window` on, of each `offsets` tokens from `offset` on; the first
+    token lies at `start` in the map.
+    """
 
     window: int
     windows: int
@@ -88,13 +94,14 @@ class Windows:
         self.axes = tuple(Axis.of(size, window, partition, offset) for size, window, offset in sizes)
         self.tokens = self.window[0] * self.window[1]
         self.batch, self.heads, self.head_dim = query.shape[0], query.shape[3], query.shape[4]
+        self.chunk_scores = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
 
     def chunks(self) -> Iterator[Chunk]:
         """Whole images while they fit, else rows of windows."""
         rows, columns = (axis.count for axis in self.axes)
         row_scores = columns * self.heads * self.tokens**2
-        images = min(self.batch, max(1, CHUNK_SCORES // (rows * row_scores)))
-        step = min(rows, max(1, CHUNK_SCORES // row_scores))
+        images = min(self.batch, max(1, self.chunk_scores // (rows * row_scores)))
+        step = min(rows, max(1, self.chunk_scores // row_scores))
         across = self.axes[1].pieces(0, columns)
         ranges = [(row, min(row + step, rows)) for row in range(0, rows, step)]
         plans = [(last - first, last == rows, self.axes[0].pieces(first, last)) for first, last in ranges]
@@ -127,15 +134,8 @@ class Windows:
         origin = tokens.storage_offset() + chunk.image * image
         inner = windows.stride()
         for row, column in chunk.pieces:
-            shape = (
-                chunk.images,
-                row.windows,
-                column.windows,
-                self.heads,
-                row.offsets,
-                column.offsets,
-                windows.shape[-1],
-            )
+            counts = (chunk.images, row.windows, column.windows, self.heads)
+            shape = (*counts, row.offsets, column.offsets, windows.shape[-1])
             begin = row.window * inner[1] + column.window * inner[2] + row.offset * inner[4] + column.offset * inner[5]
             yield (
                 tokens.as_strided(shape, strides, origin + row.start * y + column.start * x),
