@@ -82,21 +82,23 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0 if command in ("-h", "--help") else 2
     options = tyro.cli(BenchOptions, prog="vicinal bench ops", args=rest)
-    rows = list(measure(options))
+    rows = measure(options)
     print_table(rows)
     if options.csv:
         write_atomically(options.csv, partial(_write_csv, rows))
     return 0
 
 
-def measure(options: BenchOptions) -> Iterator[Row]:
-    """The rows of the table, case by case."""
+def measure(options: BenchOptions) -> list[Row]:
+    """The rows of the table; shows the progress on the terminal, because the full shapes take minutes."""
+    from rich.console import Console
+    from rich.progress import track
+
     operators = SHAPES if options.op == "all" else [options.op]
     dtypes = DTYPES if options.dtype == "all" else [options.dtype]
-    for op in operators:
-        for shape in SHAPES[op][options.shapes]:
-            for dtype in dtypes:
-                yield from _measure_case(op, shape, dtype, options.repeats)
+    cases = [(op, shape, dtype) for op in operators for shape in SHAPES[op][options.shapes] for dtype in dtypes]
+    shown = track(cases, description="measuring", console=Console(stderr=True), transient=True)
+    return [row for case in shown for row in _measure_case(*case, options.repeats)]
 
 
 def _measure_case(op: str, shape: tuple[int, ...], dtype: str, repeats: int) -> Iterator[Row]:
