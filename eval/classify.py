@@ -14,10 +14,11 @@ from torch import nn
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..checkpoints import write_atomically
 from ..train.config import DataConfig
-from ..train.data import Images, InputSpec, Preprocess, eval_batches, open_images
+from ..train.data import InputSpec, Preprocess, eval_batches
 from ..train.distributed import World, join_world, leave_world
 from ..train.errors import UserError, first_line
 from ..train.evaluate import evaluate
+from ..train.images import Images, open_images
 
 
 @dataclass(frozen=True)

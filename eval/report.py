@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..checkpoints import write_atomically
 from ..train.config import TrainConfig
-from ..train.data import Images, InputSpec, Preprocess, eval_transform, open_images
+from ..train.data import InputSpec, Preprocess, eval_transform
 from ..train.errors import UserError
+from ..train.images import Images, open_images
 from ..train.log import read_records
 from ..train.recipe import read_recipe
 from .attend import AttentionRecord, record_attention

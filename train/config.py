@@ -69,8 +69,7 @@ class DataConfig:
     """Images, and how they reach the network."""
 
     name: Annotated[str, tyro.conf.arg(name="data")] = "digits"
-    """digits (scikit-learn's 1,797 images), or a folder ROOT/train/CLASS/*.jpg with ROOT/val/CLASS/*.jpg; a folder
-    ROOT/CLASS/*.jpg is split by --split-seed."""
+    """digits (of scikit-learn), or a folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg to be split."""
     img_size: int | None = None
     """Height and width of the input in pixels; the model's own if not given."""
     batch_size: int = 128
@@ -103,8 +102,7 @@ class AugmentationConfig:
     """Random changes to training images, through timm.data."""
 
     crop: Literal["rrc", "rkrr", "rkrc", "shift", "none"] = "rrc"
-    """rrc: random resized crop; rkrr, rkrc: aspect-keeping resize, then random or centre crop; shift: translation by
-    up to --shift; none: the evaluation's resize and centre crop."""
+    """rrc: random resized crop; rkrr, rkrc: timm's aspect-keeping ones; shift: by up to --shift; none: as evaluated."""
     scale: tuple[float, float] | None = None
     """Range of the cropped area (rrc) or of the resize (rkrr, rkrc); timm's own if not given."""
     shift: float = 0.125
@@ -208,8 +206,7 @@ class RunConfig:
     output: str | None = None
     """Folder of the run; runs/MODEL-DATA if not given."""
     resume: str | None = None
-    """auto: go on from the last checkpoint in --output, or start if there is none; otherwise a run folder to go on
-    from."""
+    """auto: go on from the last checkpoint in --output, or start if there is none; or a run's folder to go on from."""
     seed: int = 0
     """Seed of the weights, the order of the images, and every random change."""
     device: str = "auto"

@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .build import autocast, build_model, build_optimizer, build_scheduler, build_task, record_input
 from .config import TrainConfig
-from .data import InputSpec, Preprocess, eval_batches, open_images, train_batches
+from .data import InputSpec, Preprocess, eval_batches, train_batches
 from .distributed import World
 from .errors import RunStopped, UserError
 from .evaluate import evaluate
+from .images import open_images
 from .log import MetricsLog, Screen, open_screen, read_records
 from .randomness import seed_all, stream_seed
 from .recipe import write_recipe

@@ -8,19 +8,17 @@ from PIL import Image
 from vicinal.train.config import AugmentationConfig, DataConfig
 from vicinal.train.data import (
     EvalSampler,
-    FolderImages,
     InputSpec,
     Preprocess,
     TrainSampler,
-    UnreadableImage,
     eval_batches,
-    open_images,
     resolve_workers,
     train_batches,
     train_transform,
 )
 from vicinal.train.distributed import World
 from vicinal.train.errors import UserError
+from vicinal.train.images import FolderImages, UnreadableImage, open_images
 from vicinal.train.randomness import seed_host, stream_seed
 
 CPU = torch.device("cpu")

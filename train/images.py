@@ -1,0 +1,144 @@
+"""Sources of labelled images.
+
+A source is an :class:`Images`: class indices and a function from index to PIL image. Adding one means adding such a
+class and its line in :func:`open_images`; augmentation, batching and sharding over processes know nothing of the source.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data import create_reader
+
+from .config import DataConfig
+from .errors import UserError, first_line, nearest
+
+IN_MEMORY = ("digits",)
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+class Images(Protocol):
+    """A source of labelled images."""
+
+    classes: Sequence[str]
+    targets: Sequence[int]
+
+    def load(self, index: int) -> Image.Image:
+        """Decode one image as RGB; :class:`UnreadableImage` if that fails."""
+        ...
+
+
+class ArrayImages:
+    """Images held in memory.
+
+    Args:
+        arrays: uint8 greyscale images, shape (N, height, width).
+        targets: class indices, length N.
+        classes: class names by index.
+    """
+
+    def __init__(self, arrays: np.ndarray, targets: Sequence[int], classes: Sequence[str]):
+        self.images = [Image.fromarray(array).convert("RGB") for array in arrays]
+        self.targets = [int(target) for target in targets]
+        self.classes = list(classes)
+
+    def load(self, index: int) -> Image.Image:
+        return self.images[index]
+
+
+class FolderImages:
+    """A tree CLASS/*.jpg (or any other format that PIL reads), one folder per class.
+
+    Args:
+        root: the folder that holds the class folders.
+        class_to_idx: class indices by folder name; numbered in natural order of the names if not given.
+    """
+
+    def __init__(self, root: Path, class_to_idx: dict[str, int] | None = None):
+        try:
+            self.reader = create_reader("", root=str(root), class_map=class_to_idx or "")
+        except RuntimeError as error:
+            raise UserError(f"--data {root}: no images found in folders below it, one per class") from error
+        self.class_to_idx = self.reader.class_to_idx
+        self.classes = sorted(self.class_to_idx, key=self.class_to_idx.get)
+        self.targets = [target for _, target in self.reader.samples]
+
+    def load(self, index: int) -> Image.Image:
+        try:
+            file, _ = self.reader[index]
+            with file, Image.open(file) as image:
+                return image.convert("RGB")
+        # A truncated PNG raises SyntaxError, a huge header DecompressionBombError: no narrower base covers PIL.
+        except Exception as error:
+            path = self.reader.filename(index, absolute=True)
+            raise UnreadableImage(f"cannot read image {path}: {first_line(error)}") from error
+
+
+class Selection:
+    """Some images of another source, in the order of ``indices``."""
+
+    def __init__(self, images: Images, indices: Sequence[int]):
+        self.images = images
+        self.indices = [int(index) for index in indices]
+        self.targets = [images.targets[index] for index in self.indices]
+        self.classes = images.classes
+
+    def load(self, index: int) -> Image.Image:
+        return self.images.load(self.indices[index])
+
+
+def open_images(config: DataConfig) -> tuple[Images, Images]:
+    """The training and the held-out images that a configuration names."""
+    if config.name in IN_MEMORY:
+        return split_by_class(load_digits(), config.val_fraction, config.split_seed)
+    root = Path(config.name)
+    if not root.is_dir():
+        hint = nearest(config.name, IN_MEMORY) or f"give a folder of images or one of {', '.join(IN_MEMORY)}"
+        raise UserError(f"--data {config.name}: no such folder; {hint}")
+    folders = {split: _find_folder(root, names) for split, names in _SPLIT_FOLDERS.items()}
+    if folders["train"] is None:
+        return split_by_class(FolderImages(root), config.val_fraction, config.split_seed)
+    train = FolderImages(folders["train"])
+    if folders["val"] is None:
+        return split_by_class(train, config.val_fraction, config.split_seed)
+    _check_classes(folders["val"], train.class_to_idx)
+    return train, FolderImages(folders["val"], train.class_to_idx)
+
+
+def _check_classes(root: Path, class_to_idx: dict[str, int]) -> None:
+    # timm's reader would leave such images out without a word.
+    unknown = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in class_to_idx)
+    if unknown:
+        raise UserError(f"{root}: classes without training images: {', '.join(unknown[:5])}; remove or rename them")
+
+
+def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def load_digits() -> ArrayImages:
+    """scikit-learn's handwritten digits: 1,797 greyscale images of 8x8 pixels in ten classes."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise UserError("--data digits: needs scikit-learn; pip install 'vicinal[demo]'") from error
+    digits = datasets.load_digits()
+    # 17 grey levels, 0 to 16.
+    return ArrayImages((digits.images * (255 / 16)).round().astype(np.uint8), digits.target, list("0123456789"))
+
+
+def split_by_class(images: Images, val_fraction: float, seed: int) -> tuple[Selection, Selection]:
+    """Split off a share of every class, at least one image of each, the same for the same seed."""
+    targets = np.asarray(images.targets)
+    generator = np.random.default_rng(seed)
+    held_out = np.zeros(len(targets), dtype=bool)
+    for target in np.unique(targets):
+        members = generator.permutation(np.flatnonzero(targets == target))
+        held_out[members[: max(1, round(val_fraction * len(members)))]] = True
+    return Selection(images, np.flatnonzero(~held_out)), Selection(images, np.flatnonzero(held_out))
