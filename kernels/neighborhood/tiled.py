@@ -32,17 +32,40 @@ class Piece(NamedTuple):
     runs: tuple[Run, ...]
 
 
+class _Buffer:
+    """Memory that the pieces of a call use in turn: fresh memory costs a page fault for every 4 KB."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.memory = torch.empty(0, dtype=dtype, device=device)
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """Uninitialized; valid until the next call."""
+        size = math.prod(shape)
+        if self.memory.numel() < size:
+            self.memory = self.memory.new_empty(size)
+        return self.memory[:size].view(shape)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """The tensor in the dtype of the buffer."""
+        return tensor if tensor.dtype == self.memory.dtype else self.take(tensor.shape).copy_(tensor)
+
+    def product(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        """scale * left @ right with one rounding."""
+        result = self.take((left.shape[0], left.shape[1], right.shape[2]))
+        return result.baddbmm_(left, right, beta=0, alpha=scale)
+
+
 class _Map:
     """A tensor over the map, whose tiles are viewed, read and written."""
 
-    def __init__(self, tensor: Tensor, dilation: Sequence[int]) -> None:
-        """Args: tensor: (batch, *spatial, heads, channels) of any strides."""
+    def __init__(self, tensor: Tensor, dilation: Sequence[int], dtype: torch.dtype) -> None:
+        """Args: tensor: (batch, *spatial, heads, channels) of any strides; dtype: of the tiles that are loaded."""
         batch, *spatial, heads, channel = tensor.stride()
         self.tensor = tensor
+        self.buffer = _Buffer(dtype, tensor.device)
         self.strides = (batch, heads, channel)
-        self.axes = [
-            (stride, stride * step) for stride, step in zip(spatial, dilation, strict=True)
-        ]  # to next residue, next place
+        # Strides to the next residue and to the next place of the same group.
+        self.axes = [(stride, stride * step) for stride, step in zip(spatial, dilation, strict=True)]
 
     def view(self, piece: Piece, side: str) -> Tensor:
         """(batch, residues and tiles of each axis, heads, tokens of a tile on each axis, channels)."""
@@ -60,12 +83,11 @@ class _Map:
         size = (count, *grid, self.tensor.shape[-2], *tile, channels)
         return self.tensor.as_strided(size, (batch, *grid_strides, heads, *tile_strides, channel), offset)
 
-    def load(self, piece: Piece, side: str, dtype: torch.dtype) -> Tensor:
-        """(tiles * heads, tokens of a tile, channels), contiguous."""
+    def load(self, piece: Piece, side: str) -> Tensor:
+        """(tiles * heads, tokens of a tile, channels), contiguous; valid until the next call."""
         view = self.view(piece, side)
-        tokens = torch.empty(view.shape, dtype=dtype, device=view.device).copy_(view)
         rank = len(piece.runs)
-        return tokens.flatten(2 + 2 * rank, -2).flatten(0, 1 + 2 * rank)
+        return self.buffer.take(view.shape).copy_(view).flatten(2 + 2 * rank, -2).flatten(0, 1 + 2 * rank)
 
     def store(self, piece: Piece, tokens: Tensor) -> None:
         view = self.view(piece, "query")
@@ -159,28 +181,33 @@ class _Tiling:
             for start in range(0, self.batch, images):
                 yield Piece(slice(start, min(start + images, self.batch)), part)
 
-    def scores(self, query: Tensor, key: Tensor, bias: Optional[Tensor]) -> Tensor:
-        """Scores in base 2, (tiles * heads, queries, keys)."""
-        if bias is None:
-            return scaled_product(query, key.transpose(1, 2), self.scale * LOG2_E)
-        scores = query.new_empty(len(query), *bias.shape[1:])
-        scores.view(-1, *bias.shape).copy_(bias)
-        return scores.baddbmm_(query, key.transpose(1, 2), alpha=self.scale * LOG2_E)
+    def buffer(self, dtype: Optional[torch.dtype] = None) -> _Buffer:
+        return _Buffer(dtype or self.dtype, self.device)
 
-    def map(self, tensor: Tensor) -> _Map:
-        return _Map(tensor, self.dilation)
+    def scores(self, query: Tensor, key: Tensor, bias: Optional[Tensor], buffer: _Buffer) -> Tensor:
+        """Scores in base 2, (tiles * heads, queries, keys)."""
+        scale = self.scale * LOG2_E
+        if bias is None:
+            return buffer.product(query, key.transpose(1, 2), scale)
+        scores = buffer.take((query.shape[0] // bias.shape[0], *bias.shape)).copy_(bias).flatten(0, 1)
+        return scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
+
+    def map(self, tensor: Tensor, dtype: Optional[torch.dtype] = None) -> _Map:
+        return _Map(tensor, self.dilation, dtype or self.dtype)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor, Tensor]:
     tiling = _Tiling(query, *options)
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty(*query.shape[:-1], 1, dtype=tiling.dtype)
-    queries, keys, values, outputs, logsumexps = map(tiling.map, (query, key, value, output, logsumexp))
+    queries, keys, outputs, logsumexps = map(tiling.map, (query, key, output, logsumexp))
+    values = tiling.map(value, value.dtype)
+    score_buffer, weight_buffer, output_buffer = tiling.buffer(), tiling.buffer(value.dtype), tiling.buffer(value.dtype)
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
-            q, k = queries.load(piece, "query", tiling.dtype), keys.load(piece, "key", tiling.dtype)
-            weights, normalizer = softmax_base_2(tiling.scores(q, k, bias))
-            outputs.store(piece, weights.to(value.dtype) @ values.load(piece, "key", value.dtype))
+            scores = tiling.scores(queries.load(piece, "query"), keys.load(piece, "key"), bias, score_buffer)
+            weights, normalizer = softmax_base_2(scores)
+            outputs.store(piece, output_buffer.product(weight_buffer.cast(weights), values.load(piece, "key")))
             logsumexps.store(piece, normalizer.div_(LOG2_E))
     return output, logsumexp.squeeze(-1)
 
@@ -199,15 +226,15 @@ def backward(
     tiling = _Tiling(query, *options)
     gradients = _Gradients(tiling, needs_gradient, query)
     queries, keys, values, grads = map(tiling.map, (query, key, value, grad_output))
+    score_buffer, grad_weight_buffer, grad_score_buffer = (tiling.buffer() for _ in range(3))
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
-            q, k = queries.load(piece, "query", tiling.dtype), keys.load(piece, "key", tiling.dtype)
-            weights, _ = softmax_base_2(tiling.scores(q, k, bias))
-            grad = grads.load(piece, "query", tiling.dtype)
+            q, k, grad = queries.load(piece, "query"), keys.load(piece, "key"), grads.load(piece, "query")
+            weights, _ = softmax_base_2(tiling.scores(q, k, bias, score_buffer))
             gradients.add_value(piece, weights, grad)
             if gradients.need_scores:
-                grad_weights = grad @ values.load(piece, "key", tiling.dtype).transpose(1, 2)
-                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_weights = grad_weight_buffer.product(grad, values.load(piece, "key").transpose(1, 2))
+                grad_scores = softmax_backward(grad_weights, weights, grad_score_buffer)
                 gradients.add_scores(piece, grad_scores, q, k)
         gradients.finish_geometry(runs)
     return gradients.result()
@@ -218,7 +245,7 @@ class _Gradients:
 
     def __init__(self, tiling: _Tiling, needs_gradient: Sequence[bool], query: Tensor) -> None:
         self.tiling = tiling
-        self.dtype = query.dtype
+        self.buffers = (*(tiling.buffer(query.dtype) for _ in range(3)), tiling.buffer())
         needs_query, needs_key, needs_value, needs_bias = needs_gradient
         self.query = tiling.map(query.new_empty(query.shape)) if needs_query else None
         self.key, self.value = (
@@ -228,29 +255,31 @@ class _Gradients:
         shape = (tiling.heads, *(2 * kernel - 1 for kernel in tiling.kernel_size))
         self.table = query.new_zeros(shape, dtype=torch.float64) if needs_bias else None
         self.need_scores = needs_query or needs_key or needs_bias
-        self.bias = 0.0
+        self.pairs = 0.0
 
     def add_value(self, piece: Piece, weights: Tensor, grad: Tensor) -> None:
         if self.value is not None:
-            product = weights.to(self.dtype).transpose(1, 2) @ grad.to(self.dtype)
-            self.value.add(piece, product.to(self.tiling.dtype))
+            left, right, result, summand = self.buffers
+            grad_value = result.product(left.cast(weights).transpose(1, 2), right.cast(grad))
+            self.value.add(piece, summand.cast(grad_value))
 
     def add_scores(self, piece: Piece, grad_scores: Tensor, query: Tensor, key: Tensor) -> None:
         if self.table is not None:
-            self.bias = self.bias + grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
-        grad_scores = grad_scores.to(self.dtype)
+            self.pairs = self.pairs + grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
+        left, right, result, summand = self.buffers
+        grad_scores = left.cast(grad_scores)
         if self.query is not None:
-            self.query.store(piece, scaled_product(grad_scores, key.to(self.dtype), self.tiling.scale))
+            self.query.store(piece, result.product(grad_scores, right.cast(key), self.tiling.scale))
         if self.key is not None:
-            grad_key = scaled_product(grad_scores.transpose(1, 2), query.to(self.dtype), self.tiling.scale)
-            self.key.add(piece, grad_key.to(self.tiling.dtype))
+            grad_key = result.product(grad_scores.transpose(1, 2), right.cast(query), self.tiling.scale)
+            self.key.add(piece, summand.cast(grad_key))
 
     def finish_geometry(self, runs: tuple[Run, ...]) -> None:
-        """Sums the (heads, queries, keys) gradient of a geometry's bias by the offsets of its pairs."""
+        """Adds up the (heads, queries, keys) gradient of a geometry's pairs by their offsets, and starts afresh."""
         if self.table is None:
             return
         rank = len(runs)
-        pairs = self.bias.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
+        pairs = self.pairs.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
         pairs = pairs.permute(0, *(axis + side for axis in range(1, rank + 1) for side in (0, rank)))
         pairs = pairs.reshape(-1, *(run.queries * run.keys for run in runs)).double()
         for run, kernel in zip(runs, self.tiling.kernel_size, strict=True):
@@ -259,7 +288,7 @@ class _Gradients:
             entries = torch.arange(2 * kernel - 1, device=pairs.device)
             pairs = torch.tensordot(pairs, (offsets[:, None] == entries).to(pairs.dtype), dims=([1], [0]))
         self.table += pairs
-        self.bias = 0.0
+        self.pairs = 0.0
 
     def result(self) -> list[Tensor]:
         maps = (self.query and self.query.tensor, self.key and self.key.to_map(), self.value and self.value.to_map())
@@ -274,9 +303,10 @@ def softmax_base_2(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights.mul_(total.reciprocal()), total.log2_().add_(largest)
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right with one rounding."""
-    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
+def softmax_backward(grad_weights: Tensor, weights: Tensor, buffer: _Buffer) -> Tensor:
+    """weights * (grad_weights - sum(weights * grad_weights)), the gradient of the scores in base e."""
+    result = buffer.take(weights.shape)
+    return torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=result)
 
 
 def _tile(rank: int, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> int:
