@@ -1,7 +1,7 @@
 """Sources of labelled images.
 
 A source is an :class:`Images`: class indices and a function from index to PIL image. Adding one means adding such a
-class and its line in :func:`open_images`; augmentation, batching and sharding over processes know nothing of the source.
+class and its line in :func:`open_images`; augmentation, batching and sharding know nothing of the source.
 """
 
 from collections.abc import Sequence
