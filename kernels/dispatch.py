@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import canonicalize
@@ -155,7 +156,9 @@ class Operator:
         """Run on the arguments of the public function, all of them, in the order of the schema."""
         arguments = self.canonicalize(arguments)
         unrecorded = torch.jit.is_tracing() and "List[bool]" in self.kinds  # torch.jit.trace knows no list of bools
-        if selected_backend() == "reference" or torch.onnx.is_in_onnx_export() or unrecorded:
+        bypass = selected_backend() == "reference" or torch.onnx.is_in_onnx_export() or unrecorded
+        # The reference reads sizes and devices, which a proxy of torch.fx has not.
+        if bypass and not isinstance(arguments[0], Proxy):
             return self._run_reference(arguments)
         return self.forward_op(*arguments)[0]
 

@@ -214,9 +214,11 @@ def test_export(call: Call, strict: bool) -> None:
     assert str(call.operator) in str([node.target for node in program.graph.nodes])
 
 
-def test_fx(call: Call) -> None:
+@pytest.mark.parametrize("backend_name", ["reference", "auto"])
+def test_fx(call: Call, backend_name: str) -> None:
     mixer, x = Mixer(call), torch.randn(2, *call.map, 4)
-    traced = torch.fx.symbolic_trace(mixer)
+    with backend(backend_name):
+        traced = torch.fx.symbolic_trace(mixer)
     assert any(node.target is call.operator for node in traced.graph.nodes)
     assert_same(step_gradients(traced, x), step_gradients(mixer, x))
     assert_same([torch.jit.script(traced)(x)], [mixer(x)])
