@@ -14,7 +14,7 @@ class Layout:
     """A foreign layout of a family's state dict.
 
     Attributes:
-        mark: a key that only this layout has, whether or not the classifier is there.
+        mark: regular expression that keys of this layout alone match, from the start; one is enough.
         rules: pairs of regular expression and replacement, applied in order, all that match.
         dropped: regular expressions of entries that hold no weights (index buffers) and are left out.
     """
@@ -25,7 +25,7 @@ class Layout:
 
     def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether the state dict has this layout."""
-        return self.mark in state_dict
+        return any(re.match(self.mark, key) for key in state_dict)
 
     def rename(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under our names."""

@@ -3,7 +3,7 @@
 from . import Layout
 
 OFFICIAL = Layout(
-    mark="patch_embeds.0.proj.weight",
+    mark=r"main_blocks\.",
     rules=(
         (r"^patch_embeds\.0\.proj\.", "stem.conv."),
         (r"^patch_embeds\.0\.norm\.", "stem.norm."),

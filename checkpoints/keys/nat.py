@@ -9,7 +9,7 @@ _BLOCK = (
 )
 
 PYRAMID = Layout(
-    mark="patch_embed.proj.1.weight",
+    mark=r"levels\.",
     rules=(
         (r"^patch_embed\.proj\.0\.", "stem.conv1."),
         (r"^patch_embed\.proj\.1\.", "stem.embed.conv."),
@@ -22,7 +22,7 @@ PYRAMID = Layout(
 )
 
 SWIN_LIKE = Layout(
-    mark="layers.0.blocks.0.norm1.weight",
+    mark=r"layers\.\d+\.(blocks|downsample)\.",
     rules=(
         (r"^patch_embed\.proj\.", "stem.conv."),
         (r"^patch_embed\.norm\.", "stem.norm."),
@@ -33,7 +33,7 @@ SWIN_LIKE = Layout(
 )
 
 ISOTROPIC = Layout(
-    mark="layers.0.norm1.weight",
+    mark=r"layers\.\d+\.(norm1|norm2|attn|mlp)\.",
     rules=(
         (r"^patch_embed\.proj\.", "stem.conv."),
         (r"^patch_embed\.norm\.", "stem.norm."),
