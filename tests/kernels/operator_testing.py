@@ -1,7 +1,7 @@
 """What the tests of every attention operator share: oracles, error measures, input layouts and readable sweeps.
 
-Tolerances: an operator is compared with the same formula in float64. Its RMS error may be twice that of a dense formula
-in the operator's own dtype (two correct orders of summation differ by a small factor), plus rounding. On average (RMS)
+Tolerances: an operator is compared with the same formula in float64. Its error may be twice that of a dense formula in
+the operator's own dtype (two correct orders of summation differ by a small factor), plus rounding. On average (RMS)
 that is one rounding of the result; the worst element of a gradient may meet the roundings of the four stages it passes
 (scores, weights, gradient of the scores, last product) in one direction.
 """
@@ -36,16 +36,20 @@ class Errors:
         return cls(rms.item(), (difference.abs().max() / expected.abs().max().clamp(min=smallest)).item())
 
 
-def assert_as_accurate(name: str, actual: Tensor, baseline: Tensor, exact: Tensor) -> None:
-    """Fail unless `actual` is as near to `exact` (float64) as `baseline`, the dense formula in the same dtype."""
+def assert_as_accurate(name: str, actual: Tensor, baseline: Tensor, exact: Tensor, score: float = 0.0) -> None:
+    """Fail unless `actual` is as near to `exact` (float64) as `baseline`, the dense formula in the same dtype.
+
+    Args:
+        score: size of the largest score. Stored in float32 it is off by `eps * score`, which is the relative error of
+            its weight; in which scores that shows depends on the base of the exponential.
+    """
     assert actual.dtype == baseline.dtype
     assert actual.shape == exact.shape
     found, allowed = Errors.between(actual, exact), Errors.between(baseline, exact)
-    rounding = torch.finfo(actual.dtype).eps
+    rounding = torch.finfo(actual.dtype).eps + torch.finfo(torch.float32).eps * score
     report = f"{name} {actual.dtype}: {found}, dense formula of the same dtype {allowed}, rounding {rounding:.1e}"
     assert found.rms <= 2 * allowed.rms + rounding, report
-    # Extremes scatter more than means: over 1,000 random calls and gradients, by a factor of up to 3.3 either way.
-    assert found.largest <= 4 * allowed.largest + rounding, report
+    assert found.largest <= 2 * allowed.largest + 4 * rounding, report
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
