@@ -12,6 +12,7 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 demo: $(READY)
+	rm -rf runs/first_run
 	$(BIN)/vicinal train --config configs/first_run.yaml --output runs/first_run
 
 test: $(READY)

@@ -11,7 +11,8 @@ commands:
   train    train an image classifier; torchrun -m vicinal.train runs it on several processes
   eval     top-1 and top-5 accuracy of a checkpoint
   report   draw the picture of a run: curves, predictions, attention maps
-  bench    measure the operators and models
+  models   list the models: size, cost, published accuracy
+  bench    measure the operators
 
 options:
   --help, --version"""
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench.main(rest)
     from .train.errors import UserError, nearest, run_command
 
-    runners = {"train": _train, "eval": _classify, "report": _report}
+    runners = {"train": _train, "eval": _classify, "report": _report, "models": _models}
     if command not in runners:
         hint = nearest(command, [*runners, "bench"], count=1) or "vicinal --help lists the commands"
         return run_command(_refuse(UserError(f"unknown command {command!r}; {hint}")), rest)
@@ -79,6 +80,12 @@ def _classify(argv: Sequence[str]) -> int:
     from .eval import classify
 
     return classify.main(argv)
+
+
+def _models(argv: Sequence[str]) -> int:
+    from .eval import catalog
+
+    return catalog.main(argv)
 
 
 def _report(argv: Sequence[str]) -> int:
