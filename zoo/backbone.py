@@ -224,6 +224,18 @@ class Backbone(nn.Module):
         return rename_keys(type(self).__module__.rpartition(".")[2], unwrap(state_dict))
 
 
+def check_per_stage(**options: Sequence[Any]) -> None:
+    """Refuse options of a network that do not have one entry for each stage.
+
+    Raises:
+        ValueError: with every option and its length.
+    """
+    lengths = {name: len(values) for name, values in options.items()}
+    if len(set(lengths.values())) > 1:
+        given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"options need one entry for each stage, but {given}")
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Backbone) -> dict[str, Tensor]:
     """timm's hook for weights of a foreign layout; ours, with or without the classifier, pass as they are."""
     return model.adapt_state_dict(state_dict)

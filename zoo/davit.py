@@ -10,7 +10,7 @@ from functools import partial
 from timm.layers import ClNormMlpClassifierHead, LayerNorm, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.attention import WindowAttention
 from .blocks.embed import ConvEmbed
 from .blocks.transformer import TransformerBlock
@@ -44,7 +44,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         weights = ((key * self.scale).transpose(-2, -1) @ value).softmax(dim=-1)
         x = query @ weights.transpose(-2, -1)
@@ -84,6 +84,7 @@ class DaViT(Backbone):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
         # the official rates run over single blocks, two a pair
         drop_paths = calculate_drop_path_rates(drop_path_rate, [2 * depth for depth in depths], stagewise=True)
 

@@ -18,7 +18,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.attention import GlobalAttention, NeighborhoodAttention
 from .blocks.embed import ConvEmbed, PatchMerging
 from .blocks.transformer import TransformerBlock
@@ -35,7 +35,7 @@ class NeighborhoodTransformer(Backbone):
         depths: blocks of each stage.
         num_heads: heads of each stage.
         kernel_size: neighbours per axis.
-        dilations: for each stage the dilation of its odd blocks (the even ones have 1).
+        dilations: dilation of the odd blocks of each stage, or of all (the even blocks have 1).
         mlp_ratio: hidden width of the MLP as a multiple of its input.
         layer_scale: initial layer scale, None for none.
         swin_layout: patchify stem and patch merging (DiNAT_s) in place of overlapping convolutions.
@@ -54,7 +54,7 @@ class NeighborhoodTransformer(Backbone):
         depths: Sequence[int] = (3, 4, 18, 5),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         kernel_size: int = 7,
-        dilations: Sequence[int] = (1, 1, 1, 1),
+        dilations: Union[int, Sequence[int]] = 1,
         mlp_ratio: float = 3.0,
         layer_scale: Optional[float] = None,
         swin_layout: bool = False,
@@ -66,6 +66,8 @@ class NeighborhoodTransformer(Backbone):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        dilations = [dilations] * len(depths) if isinstance(dilations, int) else dilations
+        check_per_stage(depths=depths, num_heads=num_heads, dilations=dilations)
         widths = [embed_dim * 2**stage for stage in range(len(depths))]
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         downsample = PatchMerging if swin_layout else _conv_downsample

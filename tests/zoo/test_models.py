@@ -1,0 +1,158 @@
+"""What every model promises beyond timm's own tests: any size, finite gradients, precision, the unfused path, errors.
+
+Each family answers for itself through its debug-sized variants.
+"""
+
+import pytest
+import timm
+import torch
+from timm.layers import set_fused_attn
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+
+import vicinal.zoo  # noqa: F401
+
+NAMES = [name for name in timm.list_models("*pico*") if model_entrypoint(name).__module__.startswith("vicinal.")]
+SIZES = [(224, 224), (320, 256), (233, 271), (512, 384)]
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def create(name: str, **kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **kwargs).eval()
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@names
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("batch", [0, 1])
+def test_any_size_trains_and_gives_a_pyramid_with_the_strides_that_it_states(name: str, size: tuple, batch: int):
+    model = create(name)
+    model(image(batch, 3, *size)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    backbone = create(name, features_only=True)
+    with torch.no_grad():
+        maps = backbone(image(batch, 3, *size))
+    assert len(maps) == len(backbone.feature_info.channels())
+    for feature, channels, stride in zip(
+        maps, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True
+    ):
+        assert feature.shape == (batch, channels, -(-size[0] // stride), -(-size[1] // stride))
+
+
+@names
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_training_under_autocast_stays_finite_and_learns(name: str, dtype: torch.dtype):
+    model = create(name).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images, targets = image(10, 3, 32, 32), torch.arange(10) % 5
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype):
+            loss = nn.functional.cross_entropy(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@names
+def test_without_fused_attention_the_numbers_are_the_same(name: str):
+    fused = create(name)
+    # timm's switch, as an application sets it
+    set_fused_attn(False)
+    try:
+        unfused = create(name)
+    finally:
+        set_fused_attn(True)
+    unfused.load_state_dict(fused.state_dict())
+    with torch.no_grad():
+        expected = fused(image(2, 3, 70, 51))
+        # the same formula in another order of summation, in float32, over some ten layers
+        assert (unfused(image(2, 3, 70, 51)) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@names
+def test_batches_do_not_mix(name: str):
+    model, images = create(name), image(3, 3, 64, 48)
+    with torch.no_grad():
+        batched = model(images)
+        single = torch.cat([model(one[None]) for one in images])
+    assert (batched - single).abs().max() <= 1e-4 * batched.std()
+
+
+@names
+def test_reinitialisation_is_the_construction(name: str):
+    """init_weights after to_empty draws every weight from the distribution that the constructor uses."""
+    built = create(name)
+    emptied = timm.create_model(name, num_classes=5, device="meta").to_empty(device="cpu")
+    emptied.init_weights()
+    for (key, ours), theirs in zip(emptied.state_dict().items(), built.state_dict().values(), strict=True):
+        if ours.dtype.is_floating_point and ours.numel() > 1000:
+            assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.2), key
+        elif ours.dtype.is_floating_point and theirs.unique().numel() == 1:
+            assert torch.equal(ours, theirs), key
+
+
+@pytest.mark.parametrize("name", ["nat_pico", "dinat_pico", "davit_pico_vicinal"])
+def test_attention_dropout_acts_in_training_alone(name: str):
+    plain, dropping = create(name), create(name, attn_drop_rate=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    x = image(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(dropping(x), plain(x))
+        dropping.train()
+        assert not torch.equal(dropping(x), dropping(x))
+
+
+@pytest.mark.parametrize("name", ["nat_pico", "dinat_pico", "davit_pico_vicinal"])
+def test_attention_weights_are_those_that_hooks_see(name: str):
+    set_fused_attn(False)
+    try:
+        model = create(name)
+    finally:
+        set_fused_attn(True)
+    attention = next(module for module in model.modules() if hasattr(module, "attention_weights"))
+    seen = []
+    attention.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    x = image(1, 9, 7, attention.qkv.in_features)
+    with torch.no_grad():
+        attention(x)
+        weights = attention.attention_weights(x)
+    assert weights.shape[:3] == (1, 9, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    torch.testing.assert_close(weights, seen[0][:, :9, :7])
+
+
+def test_vit_with_relative_bias_takes_other_sizes_by_resizing_its_tables():
+    options = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+    at_64, at_96 = create("vitrpb_small", img_size=64, **options), create("vitrpb_small", img_size=96, **options)
+    at_96.load_state_dict(at_96.adapt_state_dict(at_64.state_dict()))
+    with torch.no_grad():
+        assert at_64(image(1, 3, 96, 96)).shape == at_96(image(1, 3, 96, 96)).shape == (1, 5)
+    assert at_96.stages[0].blocks[0].attn.relative_position_bias.shape == (2, 11, 11)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": (3, 2, 4, 8)}, "dim=32 is not a multiple of num_heads=3"),
+        ({"num_heads": (1, 2)}, "depths has 4, num_heads has 2, dilations has 4"),
+        ({"dilations": (1, 2, 1)}, "dilations has 3"),
+        ({"kernel_size": 0}, "kernel_size"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused_by_name(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        create("nat_pico", **options)(image(1, 3, 32, 32))
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="windows"):
+        create("nat_pico", windows=7)
