@@ -1,12 +1,13 @@
 """From a released layout to ours: rename by the family's key map, then hold the result against the model."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from timm.models import is_model, model_entrypoint
 from torch import Tensor
 
 from .files import unwrap
+from .keys import Layout
 
 _PACKAGE = __package__.rpartition(".")[0]
 
@@ -18,11 +19,14 @@ def rename_keys(family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tens
         family: name of the family's key map, which is the name of its file in the zoo (``nat``, ``davit``).
         state_dict: tensors by name, in any order, with or without a classifier.
     """
+    layout = find_layout(family, state_dict)
+    return dict(state_dict) if layout is None else layout.rename(state_dict)
+
+
+def find_layout(family: str, keys: Iterable[str]) -> Layout | None:
+    """The foreign layout of the family that has these keys; None where they are of none that its key map knows."""
     key_map = importlib.import_module(f".keys.{family}", __package__)
-    for layout in key_map.LAYOUTS:
-        if layout.matches(state_dict):
-            return layout.rename(state_dict)
-    return dict(state_dict)
+    return next((layout for layout in key_map.LAYOUTS if layout.matches(keys)), None)
 
 
 def convert(name: str, state_dict: Mapping[str, object], **model_args: object) -> dict[str, Tensor]:

@@ -56,6 +56,11 @@ def _davit(size: str, top1: float) -> dict[str, ReleasedWeights]:
     return {f"davit_{size}_vicinal.msft_in1k": weights}
 
 
+def _shvit(size: str, top1: float) -> dict[str, ReleasedWeights]:
+    weights = ReleasedWeights(hf_hub_id=f"timm/shvit_{size}.in1k", top1=top1, origin="https://github.com/ysj9909/SHViT")
+    return {f"shvit_{size}_vicinal.in1k": weights}
+
+
 _FINE_TUNED = "shi_in22k_ft_in1k"
 
 RELEASED: dict[str, ReleasedWeights] = {
@@ -87,4 +92,8 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_davit("tiny", 82.8),
     **_davit("small", 84.2),
     **_davit("base", 84.6),
+    **_shvit("s1", 72.8),
+    **_shvit("s2", 75.2),
+    **_shvit("s3", 77.4),
+    **_shvit("s4", 79.4),
 }

@@ -4,5 +4,13 @@ from timm import create_model, list_models
 
 from .davit import DaViT
 from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
+from .shvit import SHViT
 
-__all__ = ["DaViT", "IsotropicNeighborhoodTransformer", "NeighborhoodTransformer", "create_model", "list_models"]
+__all__ = [
+    "DaViT",
+    "IsotropicNeighborhoodTransformer",
+    "NeighborhoodTransformer",
+    "SHViT",
+    "create_model",
+    "list_models",
+]

@@ -1,7 +1,7 @@
 """Key maps: one module per family, each with ``LAYOUTS``, the foreign layouts that it can rename to ours."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,20 +17,27 @@ class Layout:
         mark: regular expression that keys of this layout alone match, from the start; one is enough.
         rules: pairs of regular expression and replacement, applied in order, all that match.
         dropped: regular expressions of entries that hold no weights (index buffers) and are left out.
+        convolutions: regular expression of convolution weights that some files of the layout store as matrices.
     """
 
     mark: str
     rules: tuple[tuple[str, Replacement], ...]
     dropped: tuple[str, ...] = ()
+    convolutions: str | None = None
 
-    def matches(self, state_dict: Mapping[str, Tensor]) -> bool:
-        """Whether the state dict has this layout."""
-        return any(re.match(self.mark, key) for key in state_dict)
+    def matches(self, keys: Iterable[str]) -> bool:
+        """Whether a state dict with these keys has this layout."""
+        return any(re.match(self.mark, key) for key in keys)
 
     def rename(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under our names."""
         kept = (key for key in state_dict if not any(re.search(pattern, key) for pattern in self.dropped))
-        return {self.rename_key(key): state_dict[key] for key in kept}
+        return {self.rename_key(key): self._with_all_axes(key, state_dict[key]) for key in kept}
+
+    def _with_all_axes(self, key: str, value: Tensor) -> Tensor:
+        if self.convolutions is None or value.ndim != 2 or not re.search(self.convolutions, key):
+            return value
+        return value[:, :, None, None]
 
     def rename_key(self, key: str) -> str:
         """Our name of one entry."""

@@ -24,6 +24,9 @@ RETARGETED = {
     "test_headless_checkpoint_reload",
     "test_model_init_weights_after_to_empty",
 }
+# timm asks it of four models. Its image of 64 pixels leaves these one position, whose average is its maximum, and
+# timm's own shvit does not pass it either.
+NO_POOL_TO_KEEP = "shvit_"
 MARKERS = ("base", "forward", "backward", "cfg", "cfg_nonstd", "torchscript", "features", "fxforward", "fxbackward")
 
 _list_models = timm.list_models
@@ -61,6 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ours, others = [], []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        (ours if get_arch_name(str(parameters.get("model_name", ""))) in NAMES else others).append(item)
+        name = get_arch_name(str(parameters.get("model_name", "")))
+        excused = name.startswith(NO_POOL_TO_KEEP) and item.originalname == "test_reset_classifier_keeps_pool"
+        (ours if name in NAMES and not excused else others).append(item)
     items[:] = ours
     config.hook.pytest_deselected(items=others)

@@ -14,8 +14,8 @@ from golden import Golden, list_golden
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 
-BY_NAME = {golden.name: golden for golden in list_golden("nat", "dinat", "davit")}
-SMALLEST = ["nat_mini", "dinat_s_tiny", "nat_isotropic_small", "vitrpb_small", "davit_tiny_vicinal"]
+BY_NAME = {golden.name: golden for golden in list_golden("nat", "dinat", "davit", "shvit")}
+SMALLEST = ["nat_mini", "dinat_s_tiny", "nat_isotropic_small", "vitrpb_small", "davit_tiny_vicinal", "shvit_s1_vicinal"]
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -56,10 +56,14 @@ def test_a_classifier_of_another_size_is_read_from_the_weights():
         convert("nat_mini", state_dict, num_classes=1000)
 
 
-def test_timms_davit_layout_gives_the_same_logits():
-    theirs = timm.create_model("davit_tiny", num_classes=5).eval()
-    ours = timm.create_model("davit_tiny_vicinal", num_classes=5).eval()
-    ours.load_state_dict(convert("davit_tiny_vicinal", theirs.state_dict()))
+@pytest.mark.parametrize("name", ["davit_tiny", "shvit_s1"])
+def test_timms_layout_gives_the_same_logits(name: str):
+    theirs = timm.create_model(name, num_classes=5).eval()
+    ours = timm.create_model(f"{name}_vicinal", num_classes=5).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)  # nothing hides behind a zero of the initialisation
+    ours.load_state_dict(convert(f"{name}_vicinal", theirs.state_dict()))
     image = torch.randn(1, 3, 96, 130)
     with torch.no_grad():
         expected = theirs(image)

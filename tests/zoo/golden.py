@@ -15,7 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vicinal.zoo.names import registered_name
+
 FOLDER = Path(__file__).parent.parent / "golden"
+# What a network is built with where a recorded input needs one of other parameters.
+OPTIONS = {"distill": {"distilled": True}}
 
 
 def fill(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -47,19 +51,29 @@ class Golden:
         self.path = path
         self.variant = path.stem.removesuffix("_timm_shapes")
         self.data = json.loads(path.read_text())
-        self.name = f"{self.variant}_vicinal" if path.parent.name == "davit" else self.variant
+        self.name = registered_name(self.variant)
         self.shapes = {key: tuple(shape) for key, shape, *_ in self.data["keys"]}
         self.dtypes = {key: dtype for key, _, dtype, *_ in self.data["keys"]}
 
     def __repr__(self) -> str:
         return self.path.stem
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Official state dict with the golden weights; integer buffers are zeros."""
+    def state_dict(self, tag: str = "default") -> dict[str, Tensor]:
+        """Official state dict with the golden weights, of the network for one input; integer buffers are zeros."""
+        shapes = {**self.shapes, **self._differences(tag)}
         return {
-            key: fill(key, shape) if self.dtypes[key] == "float32" else torch.zeros(shape, dtype=torch.int64)
-            for key, shape in self.shapes.items()
+            key: fill(key, shape)
+            if self.dtypes.get(key, _dtype(key)) == "float32"
+            else torch.zeros(shape, dtype=torch.int64)
+            for key, shape in shapes.items()
         }
+
+    def options(self, tag: str) -> dict[str, object]:
+        """What our network for one input is built with."""
+        return OPTIONS[tag] if self._differences(tag) else {}
+
+    def _differences(self, tag: str) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(shape) for key, shape in self.data.get("input_key_diffs", {}).get(tag, [])}
 
     @cached_property
     def logits(self) -> dict[str, Tensor]:
@@ -71,6 +85,10 @@ class Golden:
         """The input of a golden run."""
         values = np.random.RandomState(0).standard_normal(self.data["inputs"][tag])
         return torch.from_numpy(values.astype(np.float32))
+
+
+def _dtype(key: str) -> str:
+    return "int64" if key.endswith("num_batches_tracked") else "float32"
 
 
 def probe(x: Tensor) -> Tensor:

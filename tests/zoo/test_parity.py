@@ -11,16 +11,17 @@ from golden import Golden, gradient_norms, list_golden, probe
 
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
-from vicinal.checkpoints.convert import rename_keys
+from vicinal.checkpoints.convert import find_layout
 
-GOLDEN = list_golden("nat", "dinat", "davit")
+GOLDEN = list_golden("nat", "dinat", "davit", "shvit")
 WITH_FIGURES = [golden for golden in GOLDEN if golden.data["golden"]]
 WITH_GRADIENTS = [golden for golden in WITH_FIGURES if "grad_probe" in golden.data]
 
 
-def create(golden: Golden) -> torch.nn.Module:
-    model = timm.create_model(golden.name)
-    model.load_state_dict(convert(golden.name, golden.state_dict()))
+def create(golden: Golden, tag: str = "default") -> torch.nn.Module:
+    options = golden.options(tag)
+    model = timm.create_model(golden.name, **options)
+    model.load_state_dict(convert(golden.name, golden.state_dict(tag), **options))
     return model.eval()
 
 
@@ -38,7 +39,7 @@ def test_official_keys_and_parameter_count(golden: Golden):
     ids=str,
 )
 def test_logits_and_features(golden: Golden, tag: str):
-    model = create(golden)
+    model = create(golden, tag)
     image = golden.image(tag)
     with torch.no_grad():
         logits = model(image)
@@ -59,15 +60,16 @@ def test_logits_and_features(golden: Golden, tag: str):
 def test_gradients(golden: Golden):
     model = create(golden).train()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
             module.eval()
     loss, norms = gradient_norms(model, golden.image("default"))
     expected = golden.data["grad_probe"]
     scale = golden.logits["default"].std().item() * golden.logits["default"].numel() ** 0.5
     assert loss == pytest.approx(expected["loss"], abs=1e-4 * scale)
     family = type(model).__module__.rpartition(".")[2]
-    names = rename_keys(family, {key: key for key in golden.shapes})
-    assert set(names) == set(norms)
-    for name, official in names.items():
+    layout = find_layout(family, golden.shapes)
+    official = {layout.rename_key(key): norm for key, norm in expected["norms"].items()}
+    assert set(official) == set(norms)
+    for name, norm in official.items():
         # norms below 1e-6 are zeros of the mathematics, reached by cancellation
-        assert norms[name] == pytest.approx(expected["norms"][official], rel=1e-3, abs=1e-6), name
+        assert norms[name] == pytest.approx(norm, rel=1e-3, abs=1e-6), name
