@@ -1,7 +1,8 @@
 """Attention operators on plain tensors in the layout (batch, *spatial, heads, head_dim)."""
 
+from .aggregated import aggregated_attention
 from .dispatch import backend, explain
 from .neighborhood import neighborhood_attention
 from .window import window_attention
 
-__all__ = ["backend", "explain", "neighborhood_attention", "window_attention"]
+__all__ = ["aggregated_attention", "backend", "explain", "neighborhood_attention", "window_attention"]

@@ -85,6 +85,20 @@ def run_with_gradients(
     return result
 
 
+def assert_matches_definition(
+    run: Callable[..., Tensor], dense: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Hold output and gradients of `run(**tensors)` against the dense formula in the same dtype and in float64."""
+    actual = run_with_gradients(run, tensors, tensors)
+    baseline = run_with_gradients(dense, tensors, tensors)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    # The output gradient is rounded to the dtype of the output in both runs; the exact one must start from the same.
+    exact = run_with_gradients(lambda **leaves: dense(**leaves).to(dtype), doubles, doubles)
+    exact["output"] = dense(**doubles)
+    for name, tensor in actual.items():
+        assert_as_accurate(name, tensor, baseline[name], exact[name])
+
+
 def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Every non-empty choice of the names."""
     names = tuple(names)

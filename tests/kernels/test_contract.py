@@ -9,11 +9,12 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import torch._dynamo.testing
 from operator_testing import random_inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.kernels import backend, explain, neighborhood_attention, window_attention
+from vicinal.kernels import aggregated_attention, backend, explain, neighborhood_attention, window_attention
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Call:
     function: Callable[..., Tensor]
     options: dict[str, Any]
     operands: tuple[Any, ...]
-    bias: tuple[int, int]
+    bias: tuple[int, ...]
     keys: int
     map: tuple[int, int] = (8, 8)
     step: int = 4
@@ -39,7 +40,7 @@ class Call:
         return getattr(torch.ops.vicinal, f"{self.function.__name__}_backward")
 
     def inputs(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", batch: int = 2) -> list[Tensor]:
-        """Query, key, value and relative_position_bias."""
+        """Query, key, value and a bias."""
         shape = (batch, *self.map, self.heads, self.head_dim)
         return [*random_inputs(shape, dtype, layout), torch.randn(self.heads, *self.bias, dtype=dtype)]
 
@@ -49,6 +50,26 @@ class Call:
     def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
         """Arguments of the registered operator."""
         return (query, key, value, *self.operands, bias, None)
+
+    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
+        """needs_gradient of the backward operator."""
+        return [query, key, value, bias]
+
+
+@dataclass(frozen=True)
+class AggregatedCall(Call):
+    """Pooled tokens without gradient; the bias is that of the neighbours."""
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        pooled = key.detach()[:, :2, :2].flatten(1, 2)
+        return self.function(query, key, value, pooled, pooled, local_bias=bias, **self.options)
+
+    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
+        pooled = key.detach()[:, :2, :2].flatten(1, 2)
+        return (query, key, value, pooled, pooled, *self.operands, bias, None, None, 1.0)
+
+    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
+        return [query, key, value, False, False, bias, False, False]
 
 
 CALLS = {
@@ -73,6 +94,7 @@ CALLS = {
         (5, 5),
         keys=9,
     ),
+    "aggregated": AggregatedCall(aggregated_attention, {"window_size": 3}, (3,), (9,), keys=9 + 4),
 }
 
 
@@ -145,8 +167,8 @@ def test_opcheck(call: Call, layout: str) -> None:
 def test_opcheck_backward(call: Call, needs_gradient: list[bool]) -> None:
     arguments = call.arguments(*call.inputs(layout="permuted"))
     output, logsumexp = call.operator(*arguments)
-    grad_output = torch.randn(1).expand(output.shape)
-    torch.library.opcheck(call.backward_operator.default, (grad_output, output, logsumexp, needs_gradient, *arguments))
+    grad_output, flags = torch.randn(1).expand(output.shape), call.flags(*needs_gradient)
+    torch.library.opcheck(call.backward_operator.default, (grad_output, output, logsumexp, flags, *arguments))
 
 
 @pytest.mark.parametrize("backend_name", ["reference", "tiled"])
@@ -355,13 +377,14 @@ def test_flops(call: Call) -> None:
 
 
 def test_explain(call: Call) -> None:
-    text = explain(call.function, *call.inputs()[:3], **call.options)
+    arguments = call.arguments(*call.inputs()[:3], None)
+    text = explain(call.function, *arguments)
     assert text.splitlines()[0] == f"{call.function.__name__}: tiled"
     assert text.splitlines()[1].startswith("fused: ")
-    assert explain(call.function.__name__, *call.inputs()[:3], **call.options) == text
+    assert explain(call.function.__name__, *arguments) == text
 
 
 def test_offsets_beyond_32_bits(call: Call) -> None:
     """Sizes of more than 2**31 elements stay integers of 64 bits; meta tensors allocate nothing."""
     query = torch.empty(1 << 20, *call.map, 16, 32, device="meta")
-    assert call.function(query, query, query, **call.options).numel() > 1 << 31
+    assert call.run(query, query, query, None).numel() > 1 << 31

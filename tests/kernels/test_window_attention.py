@@ -2,12 +2,13 @@
 
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from operator_testing import (
     LAYOUTS,
-    assert_as_accurate,
+    assert_matches_definition,
     dense_attention,
     random_inputs,
     run_with_gradients,
@@ -112,15 +113,7 @@ def dense(case: Case, **tensors: Tensor) -> Tensor:
 
 
 def check_against_definition(case: Case) -> None:
-    tensors = case.inputs()
-    actual = run_with_gradients(case.run, tensors, tensors)
-    baseline = run_with_gradients(lambda **leaves: dense(case, **leaves), tensors, tensors)
-    doubles = {name: tensor.double() for name, tensor in tensors.items()}
-    # The output gradient is rounded to the dtype of the output in both runs; the exact one must start from the same.
-    exact = run_with_gradients(lambda **leaves: dense(case, **leaves).to(case.dtype), doubles, doubles)
-    exact["output"] = dense(case, **doubles)
-    for name, tensor in actual.items():
-        assert_as_accurate(name, tensor, baseline[name], exact[name])
+    assert_matches_definition(case.run, partial(dense, case), case.inputs(), case.dtype)
 
 
 SPECIAL = [
