@@ -12,7 +12,7 @@ commands:
   eval     top-1 and top-5 accuracy of a checkpoint
   report   draw the picture of a run: curves, predictions, attention maps
   models   list the models: size, cost, published accuracy
-  bench    measure the operators
+  bench    measure operators or models
 
 options:
   --help, --version"""
@@ -27,15 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"vicinal {__version__}")
         return 0
-    if command == "bench":
-        from .eval import bench
-
-        return bench.main(rest)
     from .train.errors import UserError, nearest, run_command
 
-    runners = {"train": _train, "eval": _classify, "report": _report, "models": _models}
+    runners = {"train": _train, "eval": _classify, "report": _report, "models": _models, "bench": _bench}
     if command not in runners:
-        hint = nearest(command, [*runners, "bench"], count=1) or "vicinal --help lists the commands"
+        hint = nearest(command, runners, count=1) or "vicinal --help lists the commands"
         return run_command(_refuse(UserError(f"unknown command {command!r}; {hint}")), rest)
     return run_command(runners[command], rest)
 
@@ -80,6 +76,12 @@ def _classify(argv: Sequence[str]) -> int:
     from .eval import classify
 
     return classify.main(argv)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from .eval import bench
+
+    return bench.main(argv)
 
 
 def _models(argv: Sequence[str]) -> int:

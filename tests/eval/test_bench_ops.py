@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vicinal.eval import bench
+from vicinal.eval import bench, bench_ops
+from vicinal.eval.measure import peak_bytes
 
 
-@pytest.mark.parametrize("op", bench.SHAPES)
+@pytest.mark.parametrize("op", bench_ops.SHAPES)
 def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.csv"
     arguments = ["ops", "--op", op, "--dtype", "bfloat16", "--repeats", "1", "--shapes", "small", "--csv", str(path)]
@@ -20,7 +21,9 @@ def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     cases = {(row["shape"], row["step"], row["implementation"]) for row in rows}
     shapes = ("2x14x14x2x16", "1x28x28x2x16")
     steps = ("forward", "forward+backward")
-    assert cases == {(shape, step, name) for shape in shapes for step in steps for name in bench.IMPLEMENTATIONS[op]}
+    assert cases == {
+        (shape, step, name) for shape in shapes for step in steps for name in bench_ops.IMPLEMENTATIONS[op]
+    }
     for row in rows:
         values = [float(row[name]) for name in ("cpu_ms", "ratio_to_tiled", "peak_mib")]
         assert all(math.isfinite(value) and value > 0 for value in values)
@@ -30,13 +33,13 @@ def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert printed.count(op) == len(rows)
 
 
-@pytest.mark.parametrize("op", bench.SHAPES)
+@pytest.mark.parametrize("op", bench_ops.SHAPES)
 @pytest.mark.parametrize("shape", [(2, 14, 21, 2, 8), (1, 7, 7, 1, 8)], ids=str)
 def test_compared_implementations_agree(op: str, shape: tuple[int, ...]) -> None:
-    packed, table, grad_output = (tensor.detach().double() for tensor in bench._inputs(shape, torch.float64))
+    packed, table, grad_output = (tensor.detach().double() for tensor in bench_ops._inputs(shape, torch.float64))
     leaves = packed.requires_grad_(), table.requires_grad_()
     results = {}
-    for name, function in bench.IMPLEMENTATIONS[op].items():
+    for name, function in bench_ops.IMPLEMENTATIONS[op].items():
         output = function(*leaves)
         results[name] = (output, *torch.autograd.grad(output, leaves, grad_output))
     for result in results.values():
@@ -49,7 +52,7 @@ def test_peak_counts_what_a_call_holds_at_a_time() -> None:
         for _ in range(3):
             torch.empty(1 << 20, dtype=torch.uint8).fill_(0)
 
-    assert bench._peak_bytes(call) == 1 << 20
+    assert peak_bytes(call) == 1 << 20
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

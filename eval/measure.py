@@ -1,0 +1,87 @@
+"""How the benchmarks measure and report.
+
+Every implementation of a case runs in turn, again and again, inside one process, and the least process CPU time of each
+counts: other work on the machine slows all of them alike. Ratios inside one run count; times of two runs do not.
+"""
+
+import csv
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import write_atomically
+
+NOTE = "Only ratios inside this table count: absolute times depend on the machine and on what else it does."
+
+
+def tracked(cases: Sequence[Any]) -> Iterable[Any]:
+    """The cases, with progress on a terminal's stderr, because they take minutes."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(cases, description="measuring", console=Console(stderr=True), transient=True)
+
+
+def least_cpu_times(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Seconds of process CPU time; the calls take turns, so that a busy moment of the machine hits all of them."""
+    for call in calls.values():
+        call()
+    times = dict.fromkeys(calls, float("inf"))
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            times[name] = min(times[name], time.process_time() - start)
+    return times
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    """Most bytes of tensors that the call holds at a time, beyond those that exist before it.
+
+    Read from the allocator, not from the process: its resident size also holds what an earlier call has freed.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def report(rows: Sequence[Any], path: Path | None) -> None:
+    """Print rows (instances of one dataclass) as a table with how to read it, and write them as CSV if asked to."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption=f"{NOTE}\n{torch.get_num_threads()} threads, torch {torch.__version__}")
+    names = [field.name for field in fields(rows[0])]
+    numeric = [isinstance(getattr(rows[0], name), float) for name in names]
+    for name, is_number in zip(names, numeric, strict=True):
+        table.add_column(name, justify="right" if is_number else "left")
+    for row in rows:
+        values = asdict(row).values()
+        table.add_row(
+            *(f"{value:.2f}" if is_number else str(value) for value, is_number in zip(values, numeric, strict=True))
+        )
+    Console(width=None if Console().is_terminal else 130).print(table)
+    if path:
+        write_atomically(path, partial(_write_csv, rows))
+
+
+def _write_csv(rows: Sequence[Any], path: str) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
