@@ -31,6 +31,7 @@ class ReleasedWeights:
 
 
 _SHI_LABS = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
+_LITV2 = "https://github.com/ziplab/LITv2"
 _NAT_FILES = "https://shi-labs.com/projects/nat/checkpoints/CLS"
 _DINAT_FILES = "https://shilab.cs.uoregon.edu/projects/dinat/checkpoints"
 
@@ -59,6 +60,13 @@ def _davit(size: str, top1: float) -> dict[str, ReleasedWeights]:
 def _shvit(size: str, top1: float) -> dict[str, ReleasedWeights]:
     weights = ReleasedWeights(hf_hub_id=f"timm/shvit_{size}.in1k", top1=top1, origin="https://github.com/ysj9909/SHViT")
     return {f"shvit_{size}_vicinal.in1k": weights}
+
+
+def _litv2(size: str, top1: float) -> dict[str, ReleasedWeights]:
+    weights = ReleasedWeights(
+        url=f"{_LITV2}/releases/download/v1.0/litv2_{size[0]}.pth", top1=top1, license="apache-2.0", origin=_LITV2
+    )
+    return {f"litv2_{size}.ziplab_in1k": weights}
 
 
 _FINE_TUNED = "shi_in22k_ft_in1k"
@@ -96,4 +104,7 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_shvit("s2", 75.2),
     **_shvit("s3", 77.4),
     **_shvit("s4", 79.4),
+    **_litv2("small", 82.0),
+    **_litv2("medium", 83.3),
+    **_litv2("base", 83.6),
 }

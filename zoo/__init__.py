@@ -3,12 +3,14 @@
 from timm import create_model, list_models
 
 from .davit import DaViT
+from .litv2 import LITv2
 from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
 from .shvit import SHViT
 
 __all__ = [
     "DaViT",
     "IsotropicNeighborhoodTransformer",
+    "LITv2",
     "NeighborhoodTransformer",
     "SHViT",
     "create_model",

@@ -14,8 +14,17 @@ from golden import Golden, list_golden
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 
-BY_NAME = {golden.name: golden for golden in list_golden("nat", "dinat", "davit", "shvit")}
-SMALLEST = ["nat_mini", "dinat_s_tiny", "nat_isotropic_small", "vitrpb_small", "davit_tiny_vicinal", "shvit_s1_vicinal"]
+FAMILIES = ("nat", "dinat", "davit", "shvit", "litv2")
+BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES) if not golden.model_args}
+SMALLEST = [
+    "nat_mini",
+    "dinat_s_tiny",
+    "nat_isotropic_small",
+    "vitrpb_small",
+    "davit_tiny_vicinal",
+    "shvit_s1_vicinal",
+    "litv2_small",
+]
 
 
 @pytest.mark.parametrize("name", SMALLEST)

@@ -44,6 +44,7 @@ class Golden:
 
     Attributes:
         name: registered name of our model.
+        model_args: what our model of that name is built with, where the variant is none of its own.
         shapes: official keys and shapes, in official order.
     """
 
@@ -51,7 +52,9 @@ class Golden:
         self.path = path
         self.variant = path.stem.removesuffix("_timm_shapes")
         self.data = json.loads(path.read_text())
-        self.name = registered_name(self.variant)
+        name, _, alpha = self.variant.partition("_alpha")
+        self.name = registered_name(name)
+        self.model_args = {"alpha": float(alpha)} if alpha else {}
         self.shapes = {key: tuple(shape) for key, shape, *_ in self.data["keys"]}
         self.dtypes = {key: dtype for key, _, dtype, *_ in self.data["keys"]}
 
@@ -70,7 +73,7 @@ class Golden:
 
     def options(self, tag: str) -> dict[str, object]:
         """What our network for one input is built with."""
-        return OPTIONS[tag] if self._differences(tag) else {}
+        return {**self.model_args, **(OPTIONS[tag] if self._differences(tag) else {})}
 
     def _differences(self, tag: str) -> dict[str, tuple[int, ...]]:
         return {key: tuple(shape) for key, shape in self.data.get("input_key_diffs", {}).get(tag, [])}

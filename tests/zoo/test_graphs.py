@@ -19,6 +19,7 @@ MODELS = {
     "vitrpb_small": {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64},
     "davit_pico_vicinal": {},
     "shvit_pico_vicinal": {},
+    "litv2_pico": {},
 }
 # Even and odd maps, divisible by nothing in particular; the first one traces the graph.
 SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]

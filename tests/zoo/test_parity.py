@@ -13,7 +13,7 @@ import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 from vicinal.checkpoints.convert import find_layout
 
-GOLDEN = list_golden("nat", "dinat", "davit", "shvit")
+GOLDEN = list_golden("nat", "dinat", "davit", "shvit", "litv2")
 WITH_FIGURES = [golden for golden in GOLDEN if golden.data["golden"]]
 WITH_GRADIENTS = [golden for golden in WITH_FIGURES if "grad_probe" in golden.data]
 
@@ -28,8 +28,8 @@ def create(golden: Golden, tag: str = "default") -> torch.nn.Module:
 @pytest.mark.parametrize("golden", GOLDEN, ids=repr)
 def test_official_keys_and_parameter_count(golden: Golden):
     shapes = {key: torch.empty(shape, device="meta") for key, shape in golden.shapes.items()}
-    model = timm.create_model(golden.name, device="meta")
-    model.load_state_dict(convert(golden.name, shapes), strict=True, assign=True)
+    model = timm.create_model(golden.name, device="meta", **golden.model_args)
+    model.load_state_dict(convert(golden.name, shapes, **golden.model_args), strict=True, assign=True)
     assert sum(parameter.numel() for parameter in model.parameters()) == golden.data["params"]
 
 

@@ -1,0 +1,48 @@
+"""Feed-forward networks of channels-last maps that look at neighbouring tokens."""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3 x 3 convolution of a channels-last map (B, H, W, C), initialised for the outputs that it feeds."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        # He's normal initialisation; an input of a depthwise kernel feeds nine outputs
+        nn.init.normal_(self.weight, std=math.sqrt(2 / 9))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DepthwiseMlp(nn.Module):
+    """MLP with a depthwise 3 x 3 convolution before its activation.
+
+    Args:
+        dim: channels of the map.
+        hidden_dim: channels between the two linear layers.
+        drop: dropout after the activation and after the output.
+
+    Shape:
+        (B, H, W, dim) to the same.
+
+    Source:
+        PVT v2 (Wang et al., arXiv:2106.13797), section 3.2.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.dwconv = DepthwiseConv(hidden_dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.dwconv(self.fc1(x))))))

@@ -1,0 +1,315 @@
+"""LITv2: convolutional MLPs in the early stages, HiLo attention in the late ones, deformable token merging between.
+
+Paper: Fast Vision Transformers with HiLo Attention (arXiv:2205.13213); deformable token merging: Less is More: Pay
+Less Attention in Vision Transformers (arXiv:2105.14217). Official code: ziplab/LITv2 (Apache-2.0).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, Optional, Tuple
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm,
+    calculate_drop_path_rates,
+    register_notrace_function,
+    use_fused_attn,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
+
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .blocks.attention import WindowAttention
+from .blocks.embed import ConvEmbed
+from .blocks.mlp import DepthwiseMlp
+from .blocks.padding import crop, pad_to_multiple
+from .names import Variant, default_cfgs_of, register_variants
+
+__all__ = ["LITv2", "checkpoint_filter_fn"]
+
+
+class HighFrequencyAttention(WindowAttention):
+    """Window attention of some of the heads: its queries, keys and values are narrower than the map.
+
+    Args:
+        dim: channels of the map.
+        num_heads: heads that attend in windows.
+        head_dim: channels of a head.
+        window_size: height and width of a window.
+        **kwargs: see :class:`LocalAttention`.
+
+    Shape:
+        (B, H, W, dim) to (B, H, W, num_heads * head_dim).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, head_dim: int, window_size: int, device=None, dtype=None, **kwargs
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        width = num_heads * head_dim
+        super().__init__(width, num_heads, window_size, relative_position_bias=False, **dd, **kwargs)
+        self.qkv = nn.Linear(dim, 3 * width, **dd)
+
+
+class LowFrequencyAttention(nn.Module):
+    """Attention of some of the heads from every position to averages over windows.
+
+    Args:
+        dim: channels of the map.
+        num_heads: heads that attend so.
+        head_dim: channels of a head.
+        window_size: height and width of the windows that keys and values are averaged over; they divide the map.
+        attn_drop: dropout on the attention weights.
+        proj_drop: dropout after the output projection.
+
+    Shape:
+        (B, H, W, dim) to (B, H, W, num_heads * head_dim).
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        window_size: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        width = num_heads * head_dim
+        self.num_heads = num_heads
+        self.scale = head_dim**-0.5
+        self.fused_attn = use_fused_attn()
+        self.pool = nn.AvgPool2d(window_size) if window_size > 1 else nn.Identity()
+        self.q = nn.Linear(dim, width, **dd)
+        self.kv = nn.Linear(dim, 2 * width, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(width, width, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [x.shape[1], x.shape[2]]
+        query = self.q(x.flatten(1, 2)).unflatten(-1, [self.num_heads, -1]).transpose(1, 2)
+        pooled = self.pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        packed = self.kv(pooled).unflatten(-1, [2, self.num_heads, -1])  # (B, windows, 2, heads, head_dim)
+        key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.attend(query, key, value).transpose(1, 2).flatten(2).unflatten(1, size)
+        return self.proj_drop(self.proj(x))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of (B, heads, positions, head_dim) to (B, heads, windows, head_dim)."""
+        fused = self.fused_attn
+        if not torch.jit.is_scripting():
+            # the decomposition of scaled_dot_product_attention has other strides than the operator
+            fused = fused and not torch.onnx.is_in_onnx_export()
+        if fused:
+            rate = self.attn_drop.p if self.training else 0.0
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+        weights = (query * self.scale @ key.transpose(-2, -1)).softmax(dim=-1)
+        return self.attn_drop(weights) @ value
+
+
+class HiLoAttention(nn.Module):
+    """Some heads attend inside windows, the others to the windows' averages; no position encoding in either.
+
+    A map that does not divide into windows is zero-padded, and what is padded takes part in both, as in the official
+    dense-task code.
+
+    Args:
+        dim: channels, a multiple of ``num_heads``.
+        num_heads: heads of both kinds.
+        window_size: height and width of a window; with 1 every head is low-frequency, which is plain attention.
+        alpha: share of the heads that attend to averages, rounded down.
+        attn_drop: dropout on the attention weights.
+        proj_drop: dropout after the output projections.
+
+    Shape:
+        (B, H, W, dim) to the same: high-frequency heads first.
+
+    Source:
+        arXiv:2205.13213, section 3.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, alpha: float, **kwargs) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha={alpha} must be a share of the heads, from 0 to 1")
+        low_heads = int(num_heads * alpha) if window_size > 1 else num_heads
+        high_heads, head_dim = num_heads - low_heads, dim // num_heads
+        self.window_size = [window_size, window_size]
+        self.high = HighFrequencyAttention(dim, high_heads, head_dim, window_size, **kwargs) if high_heads else None
+        self.low = LowFrequencyAttention(dim, low_heads, head_dim, window_size, **kwargs) if low_heads else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        x = pad_to_multiple(x, self.window_size)
+        parts = []
+        if self.high is not None:
+            parts.append(self.high(x))
+        if self.low is not None:
+            parts.append(self.low(x))
+        return crop(torch.cat(parts, dim=-1), height, width)
+
+
+class LITBlock(nn.Module):
+    """Attention, if any, and an MLP with a depthwise convolution, pre-norm and residual, on maps (B, H, W, dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: Optional[nn.Module],
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        **dd,
+    ) -> None:
+        super().__init__()
+        self.norm1 = None if attn is None else LayerNorm(dim, eps=1e-5, **dd)
+        self.attn = attn
+        self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
+        self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attn is not None and self.norm1 is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class OffsetConv(nn.Conv2d):
+    """Predicts where a deformable 2 x 2 convolution samples: (dy, dx) of each tap, none at first."""
+
+    def __init__(self, in_chans: int, **dd) -> None:
+        super().__init__(in_chans, 8, 2, 2, **dd)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class DeformableMerging(nn.Module):
+    """Merges 2 x 2 tokens that lie where the image has them, not on the grid; an odd last row or column is left out.
+
+    Shape:
+        (B, H, W, in_chans) to (B, H // 2, W // 2, out_chans).
+
+    Source:
+        arXiv:2105.14217, section 3.3.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, **dd) -> None:
+        super().__init__()
+        self.offset = OffsetConv(in_chans, **dd)
+        self.conv = nn.Conv2d(in_chans, out_chans, 2, 2, **dd)
+        self.norm = nn.BatchNorm2d(out_chans, **dd)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        x = sample_and_merge(x, self.offset(x), self.conv.weight, self.conv.bias)
+        return self.act(self.norm(x)).permute(0, 2, 3, 1).contiguous()
+
+
+@register_notrace_function
+def sample_and_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Deformable 2 x 2 convolution of stride 2, at least in float32: a position in a map needs more than bfloat16's
+    eight bits, and torchvision has no bfloat16 on the CPU."""
+    dtype = x.dtype
+    if dtype != torch.float64:
+        x, offset, weight = x.float(), offset.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    return deform_conv2d(x, offset, weight, bias, stride=(2, 2)).to(dtype)
+
+
+class LITv2(Backbone):
+    """LITv2.
+
+    Args:
+        embed_dim: channels of the first stage; they double with each stage.
+        depths: blocks of each stage.
+        num_heads: heads of each stage.
+        window_sizes: windows of HiLo attention in each stage: 0 for no attention at all, 1 for plain attention.
+        alpha: share of the heads that are low-frequency, where there are windows.
+        mlp_ratio: hidden width of the MLP as a multiple of its input.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after projections.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_sizes: Sequence[int] = (0, 0, 2, 1),
+        alpha: float = 0.9,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        check_per_stage(depths=depths, num_heads=num_heads, window_sizes=window_sizes)
+        widths = [embed_dim * 2**stage for stage in range(len(depths))]
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        hilo = partial(HiLoAttention, alpha=alpha, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd)
+
+        def block(stage: int, index: int) -> LITBlock:
+            dim, window_size = widths[stage], window_sizes[stage]
+            attn = hilo(dim, num_heads[stage], window_size) if window_size else None
+            return LITBlock(dim, attn, mlp_ratio, proj_drop_rate, drop_paths[stage][index], **dd)
+
+        stages = [
+            Stage(
+                [block(stage, index) for index in range(depth)],
+                DeformableMerging(widths[stage - 1], widths[stage], **dd) if stage else None,
+            )
+            for stage, depth in enumerate(depths)
+        ]
+        super().__init__(
+            stem=ConvEmbed(in_chans, embed_dim, 4, 4, image=True, multiple=4, **dd),
+            stages=stages,
+            norm=LayerNorm(widths[-1], eps=1e-5, **dd),
+            head=ClassifierHead(
+                widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
+            ),
+            widths=widths,
+            reductions=[4 * 2**stage for stage in range(len(depths))],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            output_fmt="NHWC",
+        )
+
+
+def _variant(embed_dim: int, depths: Tuple[int, ...], args: Optional[dict] = None, **cfg) -> Variant:
+    heads = tuple(embed_dim // 32 * 2**stage for stage in range(len(depths)))
+    return Variant({"embed_dim": embed_dim, "depths": depths, "num_heads": heads, **(args or {})}, cfg)
+
+
+VARIANTS = {
+    "litv2_pico": _variant(32, (1, 1, 2, 1), {"alpha": 0.5}, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+    "litv2_small": _variant(96, (2, 2, 6, 2)),
+    "litv2_medium": _variant(96, (2, 2, 18, 2)),
+    "litv2_base": _variant(128, (2, 2, 18, 2)),
+}
+
+default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv")
+
+register_variants(__name__, VARIANTS, partial(build_backbone, LITv2))
