@@ -4,7 +4,9 @@ The accuracies are the authors' own, on the ImageNet-1k validation set at the va
 empty where the authors give no hash; the files are read with ``weights_only=True`` in either case.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class ReleasedWeights:
         license: SPDX name of the licence of the weights.
         origin: the repository that released it.
         sha256: hash of the file, where known.
+        cfg: entries of timm's pretrained configuration that differ from the variant's, such as the input size.
     """
 
     url: str = ""
@@ -28,6 +31,7 @@ class ReleasedWeights:
     license: str = "mit"
     origin: str = ""
     sha256: str = ""
+    cfg: Mapping[str, Any] = field(default_factory=dict)
 
 
 _SHI_LABS = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
@@ -55,6 +59,39 @@ def _davit(size: str, top1: float) -> dict[str, ReleasedWeights]:
         origin="https://github.com/dingmyu/davit",
     )
     return {f"davit_{size}_vicinal.msft_in1k": weights}
+
+
+def _maxvit(size: str, top1: Mapping[int, float]) -> dict[str, ReleasedWeights]:
+    """Google's ImageNet-1k weights, as timm ported them from TensorFlow.
+
+    Args:
+        top1: accuracy by image size.
+    """
+    return {_maxvit_tag(size, pixels, "in1k"): _maxvit_weights(size, pixels, "in1k", top1[pixels]) for pixels in top1}
+
+
+def _maxvit_21k(size: str) -> dict[str, ReleasedWeights]:
+    kinds = ((224, "in21k"), (384, "in21k_ft_in1k"), (512, "in21k_ft_in1k"))
+    return {_maxvit_tag(size, *kind): _maxvit_weights(size, *kind) for kind in kinds}
+
+
+def _maxvit_tag(size: str, pixels: int, kind: str) -> str:
+    return f"maxvit_{size}.goog_{kind}" + (f"_{pixels}" if pixels != 224 else "")
+
+
+def _maxvit_weights(size: str, pixels: int, kind: str, top1: float | None = None) -> ReleasedWeights:
+    cfg = {} if (pixels, kind) == (224, "in1k") else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    if pixels != 224:
+        map_size = (pixels // 32,) * 2
+        cfg.update(input_size=(3, pixels, pixels), pool_size=map_size, crop_pct=1.0, crop_mode="squash")
+    return ReleasedWeights(
+        hf_hub_id=f"timm/maxvit_{size}_tf_{pixels}.{kind}",
+        num_classes=21843 if kind == "in21k" else 1000,
+        top1=top1,
+        license="apache-2.0",
+        origin="https://github.com/google-research/maxvit",
+        cfg=cfg,
+    )
 
 
 def _shvit(size: str, top1: float) -> dict[str, ReleasedWeights]:
@@ -107,4 +144,11 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_litv2("small", 82.0),
     **_litv2("medium", 83.3),
     **_litv2("base", 83.6),
+    **_maxvit("tiny", {224: 83.62, 384: 85.24, 512: 85.72}),
+    **_maxvit("small", {224: 84.45, 384: 85.74, 512: 86.19}),
+    **_maxvit("base", {224: 84.95, 384: 86.34, 512: 86.66}),
+    **_maxvit("large", {224: 85.17, 384: 86.40, 512: 86.70}),
+    **_maxvit_21k("base"),
+    **_maxvit_21k("large"),
+    **_maxvit_21k("xlarge"),
 }

@@ -4,6 +4,7 @@ from timm import create_model, list_models
 
 from .davit import DaViT
 from .litv2 import LITv2
+from .maxvit import MaxViT
 from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
 from .shvit import SHViT
 
@@ -11,6 +12,7 @@ __all__ = [
     "DaViT",
     "IsotropicNeighborhoodTransformer",
     "LITv2",
+    "MaxViT",
     "NeighborhoodTransformer",
     "SHViT",
     "create_model",

@@ -118,6 +118,7 @@ def _tagged_weights(public_name: str) -> list[tuple[str, dict[str, Any]]]:
                 "num_classes": weights.num_classes,
                 "license": weights.license,
                 "origin_url": weights.origin,
+                **weights.cfg,
             },
         )
         for key, weights in released.items()

@@ -87,7 +87,9 @@ def _order(like: Tensor, axis: int, window: Sequence[int], partition: str, shift
     """The positions of one axis, window after window."""
     position = torch.arange(like.shape[1 + axis], device=like.device)
     if partition == "grid":
-        return position.reshape(window[axis], -1).t().flatten()
+        # not a reshape: where one window covers the axis, its size of 1 would become a constant of the traced graph
+        spacing = _size(position) // window[axis]
+        return position % window[axis] * spacing + position // window[axis]
     size = _size(position)
     return (position + _effective_shift(size, window[axis], shift[axis])) % size
 

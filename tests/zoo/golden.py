@@ -19,7 +19,7 @@ from vicinal.zoo.names import registered_name
 
 FOLDER = Path(__file__).parent.parent / "golden"
 # What a network is built with where a recorded input needs one of other parameters.
-OPTIONS = {"distill": {"distilled": True}}
+OPTIONS = {"distill": {"distilled": True}, "img256x320": {"img_size": (256, 320)}}
 
 
 def fill(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -50,7 +50,7 @@ class Golden:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.variant = path.stem.removesuffix("_timm_shapes")
+        self.variant = path.stem.removesuffix("_timm_shapes").removesuffix("_tf_224")
         self.data = json.loads(path.read_text())
         name, _, alpha = self.variant.partition("_alpha")
         self.name = registered_name(name)

@@ -20,6 +20,7 @@ MODELS = {
     "davit_pico_vicinal": {},
     "shvit_pico_vicinal": {},
     "litv2_pico": {},
+    "maxvit_pico": {},
 }
 # Even and odd maps, divisible by nothing in particular; the first one traces the graph.
 SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]

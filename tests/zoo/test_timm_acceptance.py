@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 LARGEST = 60e6
 # One debug-sized variant of each family and layout; timm runs eleven tests on every model, and seven more on ours.
-SMALL = ["nat_pico", "dinat_pico", "davit_pico_vicinal", "shvit_pico_vicinal", "litv2_pico"]
+SMALL = ["nat_pico", "dinat_pico", "davit_pico_vicinal", "shvit_pico_vicinal", "litv2_pico", "maxvit_pico"]
 TESTS_PER_MODEL = 18
 
 

@@ -3,7 +3,13 @@
 from typing import Final, List, Sequence, Tuple, Union
 
 import torch
-from timm.layers import register_notrace_function, to_2tuple, trunc_normal_, use_fused_attn
+from timm.layers import (
+    register_notrace_function,
+    resize_rel_pos_bias_table,
+    to_2tuple,
+    trunc_normal_,
+    use_fused_attn,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -239,6 +245,23 @@ class WindowAttention(LocalAttention):
     def reset_parameters(self) -> None:
         if self.relative_position_bias is not None:
             trunc_normal_(self.relative_position_bias, std=0.02)
+
+    @torch.jit.ignore
+    def set_window_size(self, window_size: Union[int, Sequence[int]]) -> None:
+        """Change the window; the bias table is resized to it."""
+        self.window_size = list(to_2tuple(window_size))
+        table = self.relative_position_bias
+        if table is not None:
+            resized = self.resize_table(table.detach())
+            self.relative_position_bias = nn.Parameter(resized, requires_grad=table.requires_grad)
+
+    @torch.jit.ignore
+    def resize_table(self, table: Tensor) -> Tensor:
+        """A bias table of any window, interpolated to the window of this module."""
+        shape = (self.num_heads, *(2 * size - 1 for size in self.window_size))
+        if tuple(table.shape) == shape:
+            return table
+        return resize_rel_pos_bias_table(table, tuple(self.window_size), shape)
 
     def pad(self, x: Tensor) -> Tensor:
         return pad_to_multiple(x, self.window_size)

@@ -1,4 +1,4 @@
-"""Zero padding of channels-last maps at the bottom and right, as the official networks pad."""
+"""Padding of maps as the official networks pad: zeros at the bottom and right, TensorFlow's SAME, repeated edges."""
 
 from typing import List
 
@@ -22,6 +22,31 @@ def pad_to_minimum(x: Tensor, minimum: List[int]) -> Tensor:
     if torch.jit.is_scripting():
         return _pad(x, max(minimum[0], x.shape[1]), max(minimum[1], x.shape[2]))
     return _pad(x, torch.sym_max(minimum[0], x.shape[1]), torch.sym_max(minimum[1], x.shape[2]))
+
+
+@register_notrace_function
+def pad_same(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Pad a map (B, C, H, W) as TensorFlow's SAME does for a kernel at least as large as its stride.
+
+    The output of the strided kernel has ceil(size / stride) rows and columns; the odd pixel of padding comes last.
+    """
+    # sizes in the form of a convolution's, (size - 1) // stride + 1: torch.export can reason about those when nested
+    height = (x.shape[2] - 1) // stride * stride + kernel_size - x.shape[2]
+    width = (x.shape[3] - 1) // stride * stride + kernel_size - x.shape[3]
+    return F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
+
+
+@register_notrace_function
+def pad_by_edge(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column of a map (B, C, H, W) up to multiples of ``multiple``."""
+    height = (x.shape[2] - 1) // multiple * multiple + multiple - x.shape[2]
+    width = (x.shape[3] - 1) // multiple * multiple + multiple - x.shape[3]
+    tracing = False
+    if not torch.jit.is_scripting():
+        tracing = torch.compiler.is_compiling()
+    if not tracing and height == 0 and width == 0:
+        return x
+    return F.pad(x, [0, width, 0, height], mode="replicate")
 
 
 @register_notrace_function

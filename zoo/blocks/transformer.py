@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Callable, Optional
 
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, get_act_layer
 from torch import Tensor, nn
 
 from .position import ConvPositionEncoding
@@ -21,6 +21,7 @@ class TransformerBlock(nn.Module):
         proj_drop: dropout inside the MLP.
         drop_path: rate of stochastic depth.
         norm_eps: of both norms.
+        act_layer: timm's name of the MLP's activation.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class TransformerBlock(nn.Module):
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
+        act_layer: str = "gelu",
         device=None,
         dtype=None,
     ) -> None:
@@ -49,7 +51,7 @@ class TransformerBlock(nn.Module):
         self.attn = attn
         self.ls1 = scale()
         self.norm2 = norm()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=proj_drop, **dd)
         self.ls2 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
