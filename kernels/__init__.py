@@ -2,7 +2,15 @@
 
 from .aggregated import aggregated_attention
 from .dispatch import backend, explain
+from .gated import gated_positional_attention
 from .neighborhood import neighborhood_attention
 from .window import window_attention
 
-__all__ = ["aggregated_attention", "backend", "explain", "neighborhood_attention", "window_attention"]
+__all__ = [
+    "aggregated_attention",
+    "backend",
+    "explain",
+    "gated_positional_attention",
+    "neighborhood_attention",
+    "window_attention",
+]

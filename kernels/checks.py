@@ -251,3 +251,17 @@ def check_aggregated_attention(
         shape = (*query.shape[:4], neighbours)
         check_shape("value_weights", value_weights, shape, "(batch, height, width, heads, window_size**2)")
     check_scale(scale)
+
+
+def check_gated_positional_attention(
+    query: Tensor, key: Tensor, value: Tensor, position_scores: Tensor, gate: Tensor, scale: Optional[float]
+) -> None:
+    layout = "(batch, *spatial, heads, head_dim) with 1, 2 or 3 spatial axes"
+    check_attention_inputs(query, key, value, (4, 5, 6), layout)
+    for name, tensor in (("position_scores", position_scores), ("gate", gate)):
+        check_floating(name, tensor)
+        check_device(name, tensor, "query", query)
+    heads, tokens = query.shape[-2], math.prod(query.shape[1:-2])
+    check_shape("position_scores", position_scores, (heads, tokens, tokens), "(heads, tokens, tokens)")
+    check_shape("gate", gate, (heads,), "(heads,)")
+    check_scale(scale)

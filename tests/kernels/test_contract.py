@@ -14,7 +14,15 @@ from operator_testing import random_inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.kernels import aggregated_attention, backend, explain, neighborhood_attention, window_attention
+from vicinal.kernels import (
+    aggregated_attention,
+    backend,
+    explain,
+    gated_positional_attention,
+    halo_attention,
+    neighborhood_attention,
+    window_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,49 @@ class AggregatedCall(Call):
         return [query, key, value, False, False, bias, False, False]
 
 
+@dataclass(frozen=True)
+class GatedCall(Call):
+    """The scores of position and the gate come from the bias, so that they follow the size of the map."""
+
+    def positional(self, query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        # positions from a running sum: sizes of a torch.fx proxy are no numbers
+        position = query.new_ones(query.shape[1:3], dtype=torch.float32).flatten().cumsum(0) / 16
+        offset = position[None, :] - position[:, None]
+        return bias[:, 0, None, None] * offset + bias[:, 1, None, None] * offset.square(), bias[:, 2]
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        bias = query.new_zeros(query.shape[3], 3) if bias is None else bias
+        return self.function(query, key, value, *self.positional(query, bias))
+
+    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
+        tokens = query.shape[1] * query.shape[2]
+        scores, gate = torch.randn(self.heads, tokens, tokens), torch.randn(self.heads)
+        needed = bias is not None and bias.requires_grad
+        return (query, key, value, scores.requires_grad_(needed), gate.requires_grad_(needed), None)
+
+    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
+        return [query, key, value, bias, bias]
+
+
+@dataclass(frozen=True)
+class HaloCall(Call):
+    """The bias is one of the relative logits, the same for every query."""
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        logits = expand_over_queries(bias, query)
+        return self.function(query, key, value, relative_height_logits=logits, **self.options)
+
+    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
+        return (query, key, value, *self.operands, expand_over_queries(bias, query), None, False, None)
+
+    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
+        return [query, key, value, bias, False]
+
+
+def expand_over_queries(bias: Tensor, query: Tensor) -> Tensor:
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], -1, -1)
+
+
 CALLS = {
     "window": Call(
         window_attention,
@@ -95,6 +146,8 @@ CALLS = {
         keys=9,
     ),
     "aggregated": AggregatedCall(aggregated_attention, {"window_size": 3}, (3,), (9,), keys=9 + 4),
+    "gated": GatedCall(gated_positional_attention, {}, (), (3,), keys=64),
+    "halo": HaloCall(halo_attention, {"block_size": 4, "halo_size": 1}, (4, 1), (6,), keys=36),
 }
 
 

@@ -1,0 +1,139 @@
+"""Gated positional attention, some images at a time.
+
+The weights by position are the same for every image and are made once. The two kinds of weights are mixed before they
+meet the values, so that there is one product with the values, as in plain attention.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..dispatch import statistics_dtype
+
+# Scores that are held at once: about the cache of a CPU core; on a device, enough images to fill it.
+SCORES_IN_CACHE = 1 << 19
+SCORES_ON_DEVICE = 1 << 27
+
+
+class Mixture:
+    """The two kinds of weights and their shares."""
+
+    def __init__(self, query: Tensor, position_scores: Tensor, gate: Tensor, scale: Optional[float]) -> None:
+        self.dtype = statistics_dtype(query.dtype)
+        self.heads, self.tokens = position_scores.shape[:2]
+        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.share = gate.to(self.dtype).sigmoid()[:, None, None]
+        self.position = position_scores.to(self.dtype).softmax(-1)  # (heads, tokens, tokens)
+        self.weighted_position = self.position * self.share
+
+    def chunks(self, query: Tensor) -> Iterator[slice]:
+        """Ranges of images whose scores are held together."""
+        limit = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
+        step = max(1, limit // self.position.numel())
+        return (slice(first, first + step) for first in range(0, len(query), step))
+
+    def load(self, tokens: Tensor, chunk: slice) -> Tensor:
+        """Images of a chunk as (images * heads, tokens, head_dim)."""
+        return tokens[chunk].flatten(1, -3).transpose(1, 2).reshape(-1, self.tokens, tokens.shape[-1])
+
+    def store(self, result: Tensor, output: Tensor, chunk: slice) -> None:
+        """Write (images * heads, tokens, channels) into the images of a contiguous output."""
+        by_head = result.view(-1, self.heads, self.tokens, result.shape[-1])
+        output[chunk].view(len(by_head), self.tokens, self.heads, -1).copy_(by_head.transpose(1, 2))
+
+    def by_head(self, weights: Tensor) -> Tensor:
+        """(images * heads, tokens, tokens) as (images, heads, tokens, tokens)."""
+        return weights.view(-1, self.heads, self.tokens, self.tokens)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scores of content, (images * heads, tokens, tokens)."""
+        return torch.bmm(query, key.transpose(1, 2)).to(self.dtype).mul_(self.scale)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, position_scores: Tensor, gate: Tensor, scale: Optional[float]
+) -> tuple[Tensor, Tensor]:
+    """Output, and logsumexp of the scores of content."""
+    mixture = Mixture(query, position_scores, gate, scale)
+    output = query.new_empty(query.shape)
+    logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=mixture.dtype)
+    for chunk in mixture.chunks(query):
+        queries, keys, values = (mixture.load(tokens, chunk) for tokens in (query, key, value))
+        scores = mixture.scores(queries, keys)
+        largest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        by_head = mixture.by_head(weights)
+        by_head.mul_((1 - mixture.share) / total.view(-1, mixture.heads, mixture.tokens, 1))
+        by_head.add_(mixture.weighted_position)
+        mixture.store(torch.bmm(weights.to(values.dtype), values), output, chunk)
+        mixture.store(total.log_().add_(largest), logsumexp, chunk)
+    return output, logsumexp.squeeze(-1)
+
+
+def backward(
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    needs_gradient: Sequence[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_scores: Tensor,
+    gate: Tensor,
+    scale: Optional[float],
+) -> list[Tensor]:
+    """Gradients of query, key, value, position_scores and gate, those that are needed.
+
+    With weights A by content and P by position, share g and W = (1 - g) A + g P: dV = W^T dO and dW = dO V^T; then
+    dS = (1 - g) (A dW - A sum(A dW)) gives dQ = scale dS K and dK = scale dS^T Q. Summed over the images, dW gives
+    the gradient of position_scores, g (P dW - P sum(P dW)), and (P - A) dW gives that of the gate, times g (1 - g).
+    """
+    mixture = Mixture(query, position_scores, gate, scale)
+    wanted = zip((query, key, value), needs_gradient[:3], strict=True)
+    gradients = [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
+    of_mixed = torch.zeros_like(mixture.position)
+    of_share = torch.zeros_like(mixture.share)
+    for chunk in mixture.chunks(query):
+        inputs = [mixture.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
+        content = mixture.scores(*inputs[:2]).softmax(-1)
+        of_weights = torch.bmm(inputs[3], inputs[2].transpose(1, 2)).to(mixture.dtype)
+        if needs_gradient[3]:
+            of_mixed.add_(mixture.by_head(of_weights).sum(0))
+        if needs_gradient[4]:
+            difference = mixture.position - mixture.by_head(content)
+            of_share.add_(difference.mul_(mixture.by_head(of_weights)).sum((0, 2, 3))[:, None, None])
+        results = _chunk_gradients(mixture, content, of_weights, inputs, needs_gradient)
+        for result, gradient in zip(results, gradients, strict=True):
+            if gradient is not None:
+                mixture.store(result, gradient, chunk)
+    result = [gradient for gradient in gradients if gradient is not None]
+    if needs_gradient[3]:
+        total = (of_mixed * mixture.position).sum(-1, keepdim=True)
+        result.append(of_mixed.sub_(total).mul_(mixture.weighted_position))
+    if needs_gradient[4]:
+        result.append((of_share * mixture.share * (1 - mixture.share)).flatten())
+    return result
+
+
+def _chunk_gradients(
+    mixture: Mixture, content: Tensor, of_weights: Tensor, inputs: Sequence[Tensor], needs_gradient: Sequence[bool]
+) -> tuple[Optional[Tensor], ...]:
+    """Gradients of query, key and value of one chunk; None for what is not needed. Overwrites `of_weights`."""
+    query, key, value, grad_output = inputs
+    of_query = of_key = of_value = None
+    if needs_gradient[2]:
+        mixed = mixture.by_head(content) * (1 - mixture.share) + mixture.weighted_position
+        of_value = torch.bmm(mixed.view_as(content).to(value.dtype).transpose(1, 2), grad_output)
+    if needs_gradient[0] or needs_gradient[1]:
+        of_scores = of_weights.mul_(content)
+        of_scores.addcmul_(content, of_scores.sum(-1, keepdim=True), value=-1)
+        mixture.by_head(of_scores).mul_((1 - mixture.share) * mixture.scale)
+        rounded = of_scores.to(query.dtype)
+    if needs_gradient[0]:
+        of_query = torch.bmm(rounded, key)
+    if needs_gradient[1]:
+        of_key = torch.bmm(rounded.transpose(1, 2), query)
+    return of_query, of_key, of_value
