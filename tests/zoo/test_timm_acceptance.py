@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 import timm
+from filelock import FileLock
 from timm.models import model_entrypoint
 
 import vicinal.zoo  # noqa: F401
@@ -17,19 +19,29 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 LARGEST = 60e6
 # One debug-sized variant of each family and layout; timm runs eleven tests on every model, and seven more on ours.
-SMALL = ["nat_pico", "dinat_pico", "davit_pico_vicinal", "shvit_pico_vicinal", "litv2_pico", "maxvit_pico"]
+SMALL = [
+    "nat_pico",
+    "dinat_pico",
+    "davit_pico_vicinal",
+    "shvit_pico_vicinal",
+    "litv2_pico",
+    "maxvit_pico",
+    "transnext_pico",
+]
 TESTS_PER_MODEL = 18
 
 
 def fetch_timm_tests() -> Path:
     """timm's test_models.py from its source distribution; wheels do not have it."""
     folder = CACHE / f"timm-{timm.__version__}"
-    if not (folder / "tests").is_dir():
-        CACHE.mkdir(exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*pip, "--no-build-isolation", f"timm=={timm.__version__}", "-d", str(CACHE)], check=True)
-        with tarfile.open(folder.with_name(f"{folder.name}.tar.gz")) as archive:
-            archive.extractall(CACHE, filter="data")
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "timm.lock"):  # test processes share the folder
+        if not folder.is_dir():
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+            subprocess.run([*pip, f"timm=={timm.__version__}", "-d", str(CACHE)], check=True)
+            with tarfile.open(f"{folder}.tar.gz") as archive, tempfile.TemporaryDirectory(dir=CACHE) as partial:
+                archive.extractall(partial, filter="data")
+                (Path(partial) / folder.name).rename(folder)
     return folder / "tests" / "test_models.py"
 
 
