@@ -3,6 +3,7 @@
 from .aggregated import aggregated_attention
 from .dispatch import backend, explain
 from .gated import gated_positional_attention
+from .halo import halo_attention
 from .neighborhood import neighborhood_attention
 from .window import window_attention
 
@@ -11,6 +12,7 @@ __all__ = [
     "backend",
     "explain",
     "gated_positional_attention",
+    "halo_attention",
     "neighborhood_attention",
     "window_attention",
 ]

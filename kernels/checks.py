@@ -22,13 +22,15 @@ def canonicalize(name: str, kind: str, value: Any) -> Any:
 
     Args:
         name: of the argument, for the message.
-        kind: the type in the schema: "List[int]", "List[bool]", "int", "str" or "Optional[float]"; others pass.
+        kind: the type in the schema: "List[int]", "List[bool]", "int", "bool", "str" or "Optional[float]"; others pass.
         value: as the caller gave it.
     """
     if kind in ("List[int]", "List[bool]"):
         return _as_list(name, value, bool if kind == "List[bool]" else int)
     if kind == "int" and not _is_number(value, Integral, torch.SymInt):
         raise ValueError(f"{name}={value!r} must be one int")
+    if kind == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
     if kind == "str" and not isinstance(value, str):
         raise ValueError(f"{name}={value!r} must be a string")
     if kind == "Optional[float]" and value is not None and not _is_number(value, Real, torch.SymFloat):
@@ -251,6 +253,61 @@ def check_aggregated_attention(
         shape = (*query.shape[:4], neighbours)
         check_shape("value_weights", value_weights, shape, "(batch, height, width, heads, window_size**2)")
     check_scale(scale)
+
+
+def check_halo_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    halo_size: int,
+    relative_height_logits: Optional[Tensor],
+    relative_width_logits: Optional[Tensor],
+    mask_padding: bool,
+    scale: Optional[float],
+) -> None:
+    layout = "(batch, height, width, heads, channels)"
+    check_floating("query", query)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_rank(name, tensor, (5,), layout)
+        check_dtype(name, tensor, "query", query)
+        check_device(name, tensor, "query", query)
+    check_positive("block_size", [block_size])
+    if halo_size < 0:
+        raise ValueError(f"halo_size={halo_size} must be at least 0")
+    batch, *_, heads, head_dim = query.shape
+    check_shape("key", key, (batch, *key.shape[1:3], heads, head_dim), "with the batch, heads and head_dim of query")
+    check_shape("value", value, (*key.shape[:4], value.shape[4]), "with the batch, map and heads of key")
+    for axis, size in zip(("height", "width"), key.shape[1:3], strict=True):
+        if size % block_size:
+            padded = -(-size // block_size) * block_size
+            raise ValueError(
+                f"block_size={block_size} must divide the {axis} {size} of key; pad the {axis} to {padded}"
+            )
+    _check_query_map(query, key, block_size)
+    for name, logits in (
+        ("relative_height_logits", relative_height_logits),
+        ("relative_width_logits", relative_width_logits),
+    ):
+        if logits is not None:
+            check_floating(name, logits)
+            check_device(name, logits, "query", query)
+            shape = (*query.shape[:4], block_size + 2 * halo_size)
+            check_shape(name, logits, shape, "(batch, height, width, heads, block_size + 2 * halo_size) of query")
+    check_scale(scale)
+
+
+def _check_query_map(query: Tensor, key: Tensor, block_size: int) -> None:
+    """The queries of halo attention lie on the map of the keys, or on every other row and column of it."""
+    full = tuple(key.shape[1:3])
+    if tuple(query.shape[1:3]) == full:
+        return
+    half = tuple(size // 2 for size in full)
+    if tuple(query.shape[1:3]) != half or block_size % 2:
+        allowed = f"{full}, the map of key" + (f", or half of it, {half}" if block_size % 2 == 0 else "")
+        raise ValueError(
+            f"query has a map of {tuple(query.shape[1:3])}; with block_size={block_size} it must be {allowed}"
+        )
 
 
 def check_gated_positional_attention(

@@ -98,14 +98,14 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> str:
 class Operator:
     """An attention operator with its backends, registered with torch as ``vicinal::<name>``.
 
-    The forward operator returns ``(output, logsumexp)``: output has the shape of query and logsumexp, without gradient,
-    is ``(batch, *spatial, heads)`` in float32 (float64 for float64 inputs).
+    The forward operator returns ``(output, logsumexp)``: output has the shape of query, with the channels of value, and
+    logsumexp, without gradient, is ``(batch, *spatial, heads)`` in float32 (float64 for float64 inputs).
 
     Args:
         name: of the operator and of the public function.
         schema: arguments of the forward operator in the order of the public function, in torch's schema language. The
-            first must be ``Tensor query``. Options are ``int[]``, ``bool[]``, ``str``, ``bool``, ``int`` or ``float?``;
-            a list may hold one element for all axes.
+            first three must be ``Tensor query, Tensor key, Tensor value``. Options are ``int[]``, ``bool[]``, ``str``,
+            ``bool``, ``int`` or ``float?``; a list may hold one element for all axes.
         differentiable: names of the tensor arguments that have gradients.
         check: called as ``check(*arguments)`` before any work; raises ValueError.
         reference: called as ``reference(*arguments)``; returns the output, differentiable by autograd.
@@ -244,11 +244,10 @@ class Operator:
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         arguments = self._complete(arguments)
         self.check(*arguments)
-        query = arguments[0]
-        if query.numel() == 0:
-            return self._allocate(query)
+        if arguments[0].numel() == 0:
+            return self._allocate(*arguments)
         output, logsumexp = self._implementation(arguments).forward(*_widen(arguments))
-        return output.to(query.dtype).contiguous(), logsumexp.contiguous()
+        return output.to(arguments[0].dtype).contiguous(), logsumexp.contiguous()
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
         grad_output, output, logsumexp, needs_gradient, *arguments = arguments
@@ -264,10 +263,11 @@ class Operator:
         # Tensors on the meta device come here too, eagerly; only traced ones have sizes that a check must not read.
         if not any(isinstance(value, FakeTensor) for value in arguments):
             self.check(*self._complete(arguments))
-        return self._allocate(arguments[0])
+        return self._allocate(*arguments)
 
-    def _allocate(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
+    def _allocate(self, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return output, query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
         _, _, _, needs_gradient, *arguments = arguments
@@ -339,14 +339,21 @@ class Operator:
         return tuple(result)
 
     def _register_flops(self) -> None:
-        """Forward: the two matrix products. Backward: five of that size, one of which recomputes the scores."""
+        """Forward: scores and output. Backward: the scores again, and four products for the gradients."""
 
-        def forward(query_shape: Sequence[int], *rest: Any, out_val: Any = None, **_: Any) -> int:
-            keys = self.keys_per_query(*self._complete((query_shape, *rest)))
-            return 2 * 2 * torch.Size(query_shape).numel() * keys
+        def count(arguments: Sequence[Any], of_keys: int, of_values: int) -> int:
+            """Flops of some products with the channels of the keys and some with those of the values."""
+            arguments = self._complete(arguments)
+            *queries, head_dim = arguments[0]
+            channels = of_keys * head_dim + of_values * arguments[2][-1]
+            return 2 * torch.Size(queries).numel() * self.keys_per_query(*arguments) * channels
 
-        def backward(grad_shape: Any, output: Any, logsumexp: Any, needs_gradient: Any, *rest: Any, **_: Any) -> int:
-            return forward(*rest) * 5 // 2
+        def forward(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+            return count(arguments, 1, 1)
+
+        def backward(*arguments: Any, **_: Any) -> int:
+            _grad_output, _output, _logsumexp, _needs_gradient, *arguments = arguments
+            return count(arguments, 3, 2)
 
         register_flop_formula(self.forward_op)(forward)
         register_flop_formula(self.backward_op)(backward)

@@ -119,8 +119,8 @@ class HaloCall(Call):
         return [query, key, value, bias, False]
 
 
-def expand_over_queries(bias: Tensor, query: Tensor) -> Tensor:
-    return bias.expand(query.shape[0], query.shape[1], query.shape[2], -1, -1)
+def expand_over_queries(bias: Tensor | None, query: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(query.shape[0], query.shape[1], query.shape[2], -1, -1)
 
 
 CALLS = {
