@@ -1,0 +1,160 @@
+"""Halo attention as a module: blocks of queries, the tokens around each block as keys, relative positions per axis."""
+
+from typing import Final, Optional, Tuple
+
+import torch
+from timm.layers import make_divisible, register_notrace_function, trunc_normal_
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels import halo_attention
+from .padding import crop, pad_by_edge, pad_to_multiple
+
+
+class RelativeTables(nn.Module):
+    """Embeddings of the distances between a query and a key, (2 * window - 1, head_dim) for each axis."""
+
+    def __init__(self, window_size: int, head_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        table = (2 * window_size - 1, head_dim)
+        self.height_rel = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        self.width_rel = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        std = self.height_rel.shape[1] ** -0.5
+        trunc_normal_(self.height_rel, std=std)
+        trunc_normal_(self.width_rel, std=std)
+
+
+class HaloAttention(nn.Module):
+    """Halo attention of a map (B, dim, H, W) of any size; parameters and numbers are those of timm's ``HaloAttn``.
+
+    A map that blocks do not divide is padded with zeros at the bottom and right.
+
+    Args:
+        dim: channels of the input.
+        dim_out: channels of the output, None for ``dim``.
+        feat_size: size of the map, which timm's networks pass; not needed.
+        stride: 1, or 2 to halve the map: by queries on every other row and column, or by pooling where ``block_size``
+            is odd.
+        num_heads: number of heads.
+        dim_head: channels of a query and key head, None for ``qk_ratio``.
+        block_size: tokens of a block per axis.
+        halo_size: tokens around a block per axis and side.
+        qk_ratio: channels of all queries as a share of the output's.
+        mask_padding: cells outside the map get no weight. Otherwise they are zero keys that take part in the softmax.
+
+    Shape:
+        (B, dim, H, W) to (B, dim_out, ceil(H / stride), ceil(W / stride)).
+
+    Source:
+        Vaswani et al., arXiv:2103.12731, section 2.2. The relative logits come from unscaled queries, and a query's
+        row and column are counted within its block of queries, as in timm.
+    """
+
+    mask_padding: Final[bool]
+    pooled: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: Optional[int] = None,
+        feat_size: Optional[Tuple[int, int]] = None,
+        stride: int = 1,
+        num_heads: int = 8,
+        dim_head: Optional[int] = None,
+        block_size: int = 8,
+        halo_size: int = 3,
+        qk_ratio: float = 1.0,
+        mask_padding: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        dim_out = dim_out or dim
+        if dim_out % num_heads:
+            raise ValueError(f"dim_out={dim_out} is not a multiple of num_heads={num_heads}")
+        if stride not in (1, 2):
+            raise ValueError(f"stride={stride} must be 1 or 2")
+        self.num_heads = num_heads
+        self.head_dim = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
+        self.block_size = block_size
+        self.halo_size = halo_size
+        self.window_size = block_size + 2 * halo_size
+        self.mask_padding = mask_padding
+        self.stride = stride
+        self.pooled = stride == 2 and block_size % 2 == 1
+        self.query_stride = 1 if self.pooled else stride
+        self.query_block = block_size // self.query_stride
+        dim_qk = num_heads * self.head_dim
+        self.q = nn.Conv2d(dim, dim_qk, 1, stride=self.query_stride, bias=False, **dd)
+        self.kv = nn.Conv2d(dim, dim_qk + dim_out, 1, bias=False, **dd)
+        self.pos_embed = RelativeTables(self.window_size, self.head_dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection in (self.q, self.kv):
+            trunc_normal_(projection.weight, std=projection.in_channels**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2], x.shape[3]
+        # the permuted view has channels-last strides, in which the heads lie as the operator takes them
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), [self.block_size, self.block_size]).permute(0, 3, 1, 2)
+        query = self.q(x).permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, self.head_dim])
+        keys_and_values = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, -1])
+        key, value = keys_and_values[..., : self.head_dim], keys_and_values[..., self.head_dim :]
+        rows, columns = self.relative_logits(query)
+        if self.mask_padding:
+            rows = rows + self.mask(query.shape[1], height, rows)[:, None, None, :]
+            columns = columns + self.mask(query.shape[2], width, columns)[:, None, :]
+        x = self.attend(query, key, value, rows, columns).flatten(3)
+        step = self.query_stride
+        x = crop(x, (height + step - 1) // step, (width + step - 1) // step).permute(0, 3, 1, 2)
+        return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
+
+    def relative_logits(self, query: Tensor) -> Tuple[Tensor, Tensor]:
+        """Products of queries with the embeddings of each row and column of the window, (B, H, W, heads, window)."""
+        rows = self.pos_embed.height_rel[self.offsets(query.shape[1], query)]  # (H, window, head_dim)
+        columns = self.pos_embed.width_rel[self.offsets(query.shape[2], query)]
+        return torch.einsum("byxhd,ykd->byxhk", query, rows), torch.einsum("byxhd,xkd->byxhk", query, columns)
+
+    def offsets(self, queries: int, like: Tensor) -> Tensor:
+        """Entry of the table for each query of an axis and cell of its window, (queries, window)."""
+        return _offsets(queries, self.query_block, self.window_size, like)
+
+    def mask(self, queries: int, size: int, like: Tensor) -> Tensor:
+        """0 for cells inside the map and -inf outside, (queries of the axis, window)."""
+        return _mask(queries, size, self.query_block, self.block_size, self.halo_size, like)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return torch.ops.vicinal.halo_attention(
+                query, key, value, self.block_size, self.halo_size, rows, columns, False, None
+            )[0]
+        return halo_attention(
+            query,
+            key,
+            value,
+            self.block_size,
+            self.halo_size,
+            relative_height_logits=rows,
+            relative_width_logits=columns,
+        )
+
+
+@register_notrace_function
+def _offsets(queries: int, query_block: int, window: int, like: Tensor) -> Tensor:
+    position = torch.arange(queries, device=like.device) % query_block
+    return torch.arange(window, device=like.device) - position[:, None] + window - 1
+
+
+@register_notrace_function
+def _mask(queries: int, size: int, query_block: int, block: int, halo: int, like: Tensor) -> Tensor:
+    position = torch.arange(queries, device=like.device) // query_block * block
+    cell = position[:, None] + torch.arange(block + 2 * halo, device=like.device) - halo
+    # the size as a tensor: ONNX has no comparison of tensors with symbolic sizes
+    last = torch.arange(size, device=like.device)[-1:]
+    outside = (cell < 0) | (cell > last)
+    return torch.zeros(outside.shape, dtype=like.dtype, device=like.device).masked_fill(outside, float("-inf"))
