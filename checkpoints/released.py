@@ -99,6 +99,16 @@ def _shvit(size: str, top1: float) -> dict[str, ReleasedWeights]:
     return {f"shvit_{size}_vicinal.in1k": weights}
 
 
+def _convit(size: str, top1: float) -> dict[str, ReleasedWeights]:
+    weights = ReleasedWeights(
+        hf_hub_id=f"timm/convit_{size}.fb_in1k",
+        top1=top1,
+        license="apache-2.0",
+        origin="https://github.com/facebookresearch/convit",
+    )
+    return {f"convit_{size}_vicinal.fb_in1k": weights}
+
+
 def _litv2(size: str, top1: float) -> dict[str, ReleasedWeights]:
     weights = ReleasedWeights(
         url=f"{_LITV2}/releases/download/v1.0/litv2_{size[0]}.pth", top1=top1, license="apache-2.0", origin=_LITV2
@@ -144,6 +154,9 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_litv2("small", 82.0),
     **_litv2("medium", 83.3),
     **_litv2("base", 83.6),
+    **_convit("tiny", 73.1),
+    **_convit("small", 81.3),
+    **_convit("base", 82.4),
     **_maxvit("tiny", {224: 83.62, 384: 85.24, 512: 85.72}),
     **_maxvit("small", {224: 84.45, 384: 85.74, 512: 86.19}),
     **_maxvit("base", {224: 84.95, 384: 86.34, 512: 86.66}),

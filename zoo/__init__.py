@@ -2,6 +2,7 @@
 
 from timm import create_model, list_models
 
+from .convit import ConViT
 from .davit import DaViT
 from .litv2 import LITv2
 from .maxvit import MaxViT
@@ -9,6 +10,7 @@ from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
 from .shvit import SHViT
 
 __all__ = [
+    "ConViT",
     "DaViT",
     "IsotropicNeighborhoodTransformer",
     "LITv2",

@@ -124,7 +124,7 @@ class Backbone(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last_index = len(self.stages) - 1
         intermediates = []
-        x = self.stem(x)
+        x = first = self.stem(x)
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 (TorchScript cannot slice a Sequential)
             stages = self.stages
         else:
@@ -134,12 +134,16 @@ class Backbone(nn.Module):
             x = stage(x)
             if index in take_indices:
                 tapped = self.norm(x) if norm and index == last_index else x
-                intermediates.append(self._to_format(tapped, output_fmt))
+                intermediates.append(self._to_format(self.as_map(tapped, first), output_fmt))
         if intermediates_only:
             return intermediates
         if index == last_index:
             x = self.norm(x)
         return x, intermediates
+
+    def as_map(self, x: Tensor, first: Tensor) -> Tensor:
+        """The output of a stage as a map, for families whose stages hold other tokens too; first: the stem's map."""
+        return x
 
     def _to_format(self, x: Tensor, output_fmt: str) -> Tensor:
         if output_fmt == self.output_fmt:

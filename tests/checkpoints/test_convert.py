@@ -14,7 +14,7 @@ from golden import Golden, list_golden
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 
-FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2")
+FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit")
 BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES) if not golden.model_args}
 SMALLEST = [
     "nat_mini",
@@ -24,6 +24,7 @@ SMALLEST = [
     "davit_tiny_vicinal",
     "shvit_s1_vicinal",
     "litv2_small",
+    "convit_tiny_vicinal",
     "maxvit_tiny",
 ]
 

@@ -19,7 +19,7 @@ from vicinal.zoo.names import registered_name
 
 FOLDER = Path(__file__).parent.parent / "golden"
 # What a network is built with where a recorded input needs one of other parameters.
-OPTIONS = {"distill": {"distilled": True}, "img256x320": {"img_size": (256, 320)}}
+OPTIONS = {"distill": {"distilled": True}, "img256": {"img_size": 256}, "img256x320": {"img_size": (256, 320)}}
 
 
 def fill(key: str, shape: tuple[int, ...]) -> Tensor:

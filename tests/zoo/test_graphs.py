@@ -20,6 +20,7 @@ MODELS = {
     "davit_pico_vicinal": {},
     "shvit_pico_vicinal": {},
     "litv2_pico": {},
+    "convit_pico_vicinal": {},
     "maxvit_pico": {},
 }
 # Even and odd maps, divisible by nothing in particular; the first one traces the graph.

@@ -1,0 +1,363 @@
+"""ConViT: a vision transformer whose first blocks begin as convolutions and learn how far to leave them.
+
+Paper: ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases (arXiv:2103.10697). The parameters
+of the blocks are named as in the official code, facebookresearch/convit, and in timm's ``convit``.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final, List, Optional, Union
+
+import torch
+from timm.layers import (
+    Attention,
+    LayerNorm,
+    calculate_drop_path_rates,
+    global_pool_nlc,
+    register_notrace_function,
+    to_2tuple,
+    trunc_normal_,
+    use_fused_attn,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import gated_positional_attention
+from ..kernels.gated import aggregate, gated_positional_attention_weights
+from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
+from .blocks.padding import pad_to_multiple
+from .blocks.transformer import TransformerBlock
+from .names import Variant, default_cfgs_of, register_variants
+
+__all__ = ["ConViT", "checkpoint_filter_fn"]
+
+PATCH = 16
+
+
+class GatedPositionalAttention(nn.Module):
+    """Attention by content and by position, in shares that each head learns.
+
+    Args:
+        dim: channels, a multiple of ``num_heads``.
+        num_heads: number of heads.
+        locality_strength: how sharply a head attends to its own offset at first.
+        attn_drop: dropout on the attention weights, which takes the unfused path while training.
+        proj_drop: dropout after the output projection.
+
+    Shape:
+        (B, H, W, dim) to the same, at any height and width.
+
+    Source:
+        arXiv:2103.10697, section 3.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        locality_strength: float = 1.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.locality_strength = locality_strength
+        self.fused_attn = use_fused_attn()
+        self.qk = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.v = nn.Linear(dim, dim, bias=False, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.pos_proj = nn.Linear(3, num_heads, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.gating_param = nn.Parameter(torch.ones(num_heads, **dd))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gating_param)
+
+    @torch.no_grad()
+    def initialize_locality(self) -> None:
+        """Begin as a convolution: values pass unchanged, and each head of a square attends to one offset."""
+        nn.init.eye_(self.v.weight)
+        side = int(self.num_heads**0.5)
+        offsets = torch.arange(side, device=self.v.weight.device) - ((side - 1) / 2 if side % 2 == 0 else side // 2)
+        self.pos_proj.weight[: side**2, 0] = 2 * offsets.repeat_interleave(side)
+        self.pos_proj.weight[: side**2, 1] = 2 * offsets.repeat(side)
+        self.pos_proj.weight[: side**2, 2] = -1.0
+        self.pos_proj.weight.mul_(self.locality_strength)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = self.qk(x).unflatten(-1, [2, self.num_heads, -1]).unbind(3)
+        value = self.v(x).unflatten(-1, [self.num_heads, -1])
+        scores = expand_position_scores(self.pos_proj.weight, self.pos_proj.bias, [x.shape[1], x.shape[2]])
+        dropping = self.training and self.attn_drop.p > 0.0
+        if (self.fused_attn or torch.jit.is_scripting()) and not dropping:
+            x = self.attend(query, key, value, scores)
+        else:
+            x = self.attend_by_weights(query, key, value, scores)
+        return self.proj_drop(self.proj(x.flatten(3)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        """Attention output, of the shape of ``query``."""
+        if torch.jit.is_scripting():
+            operator = torch.ops.vicinal.gated_positional_attention
+            return operator(query, key, value, scores, self.gating_param, None)[0]
+        return gated_positional_attention(query, key, value, scores, self.gating_param)
+
+    @torch.jit.unused
+    def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        """The same, with the weights passing through ``attn_drop``, where hooks can read them."""
+        weights = gated_positional_attention_weights(query, key, scores, self.gating_param)
+        return aggregate(self.attn_drop(weights), value)
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Mixed weights (B, H, W, heads, H * W) of the queries of a map (B, H, W, dim)."""
+        query, key = self.qk(x).unflatten(-1, [2, self.num_heads, -1]).unbind(3)
+        scores = expand_position_scores(self.pos_proj.weight, self.pos_proj.bias, x.shape[1:3])
+        return gated_positional_attention_weights(query, key, scores, self.gating_param)
+
+    @torch.jit.ignore
+    def pad(self, x: Tensor) -> Tensor:
+        """The map at the size on which attention runs: its own."""
+        return x
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values (B, H, W, heads, head_dim) by weights, of the shape of ``value``."""
+        return aggregate(weights, value)
+
+
+@register_notrace_function
+def expand_position_scores(weight: Tensor, bias: Tensor, size: List[int]) -> Tensor:
+    """Scores (heads, H * W, H * W) of a linear map of (dx, dy, dx^2 + dy^2), offsets of the key from the query.
+
+    At least in float32: bfloat16 has no squared distances beyond 256.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows, columns = torch.arange(size[0], device=weight.device), torch.arange(size[1], device=weight.device)
+    y, x = torch.cartesian_prod(rows, columns).to(dtype).unbind(1)
+    dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
+    offsets = torch.stack([dx, dy, dx.square() + dy.square()])  # (3, H * W, H * W)
+    scores = weight.to(dtype) @ offsets.flatten(1) + bias.to(dtype)[:, None]
+    return scores.unflatten(1, [size[0] * size[1], size[0] * size[1]])
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, in_chans, H, W) to a map of patches (B, H / 16, W / 16, dim) with their position embeddings.
+
+    Args:
+        img_size: image size that the embeddings are for; they are resized to maps of another size.
+    """
+
+    def __init__(self, in_chans: int, dim: int, img_size: Union[int, Sequence[int]], device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.patch_size: List[int] = [PATCH, PATCH]
+        self.grid_size: List[int] = [-(-side // PATCH) for side in to_2tuple(img_size)]
+        self.conv = nn.Conv2d(in_chans, dim, PATCH, PATCH, **dd)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + resize_embedding(self.pos_embed, self.grid_size, [x.shape[1], x.shape[2]])
+
+
+@register_notrace_function
+def resize_embedding(embedding: Tensor, grid_size: List[int], size: List[int]) -> Tensor:
+    """Embeddings (1, tokens, dim) of a grid, interpolated to a map (1, H, W, dim)."""
+    grid = embedding.unflatten(1, grid_size)
+    tracing = False
+    if not torch.jit.is_scripting():
+        tracing = torch.compiler.is_compiling()
+    # interpolation to the same size is the identity; while tracing the sizes are symbols and may not be compared
+    if tracing or size[0] != grid_size[0] or size[1] != grid_size[1]:
+        grid = F.interpolate(grid.permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=False)
+        grid = grid.permute(0, 2, 3, 1)
+    return grid
+
+
+class ClassToken(nn.Module):
+    """Puts a learned token before those of a map: (B, H, W, dim) to (B, 1 + H * W, dim)."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.cls_token, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
+
+
+class TokenClassifierHead(nn.Module):
+    """Classifier on tokens (B, 1 + N, in_features), with the interface of timm's classifier heads.
+
+    Args:
+        pool_type: "token" for the class token; "avg", "max" or "avgmax" over the others; "" for all tokens.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, pool_type: str = "token", drop_rate: float = 0.0, **dd
+    ) -> None:
+        super().__init__()
+        self.num_features = in_features
+        self.drop = nn.Dropout(drop_rate)
+        self._build(num_classes, pool_type, **dd)
+
+    def _build(self, num_classes: int, pool_type: str, **dd) -> None:
+        assert pool_type in ("", "token", "avg", "max", "avgmax"), f"pool_type={pool_type!r} is not supported."
+        self.pool_type = pool_type
+        self.fc = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.fc.train(self.training)
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: Optional[str] = None,
+        reset_other: bool = False,
+        in_features: Optional[int] = None,
+        **dd,
+    ) -> None:
+        """Replace the classifier; None keeps the pooling and the width. There is nothing else to reset."""
+        self.num_features = in_features or self.num_features
+        self._build(num_classes, self.pool_type if pool_type is None else pool_type, **dd)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.pool_type:
+            x = global_pool_nlc(x, self.pool_type)
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+class ConViT(Backbone):
+    """ConViT.
+
+    Every block is a stage of its own, so that features can be taken after any of them. The class token joins before the
+    first block of plain attention; features leave it out.
+
+    Args:
+        img_size: image size that the position embeddings are for; other sizes, also rectangular ones, resize them.
+        global_pool: "token" to classify the class token, else how to pool the others.
+        embed_dim: channels.
+        depth: number of blocks.
+        local_depth: how many of them, the first ones, have gated positional attention.
+        num_heads: heads of each block.
+        locality_strength: how sharply a head attends to its own offset at first.
+        mlp_ratio: hidden width of the MLP as a multiple of its input.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after projections.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        img_size: Union[int, Sequence[int]] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 12,
+        local_depth: int = 10,
+        num_heads: int = 4,
+        locality_strength: float = 1.0,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        if not 0 <= local_depth < depth:
+            raise ValueError(f"local_depth={local_depth} must be at least 0 and less than depth={depth}")
+        drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
+        self.local_depth = local_depth
+        dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        local = partial(GatedPositionalAttention, locality_strength=locality_strength)
+        block = partial(TransformerBlock, embed_dim, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, norm_eps=1e-6, **dd)
+        stages = [
+            Stage(
+                [
+                    block(
+                        (local if index < local_depth else Attention)(embed_dim, num_heads, **dropout, **dd),
+                        drop_path=rate,
+                    )
+                ],
+                ClassToken(embed_dim, **dd) if index == local_depth else None,
+            )
+            for index, rate in enumerate(drop_paths)
+        ]
+        super().__init__(
+            stem=PatchEmbed(in_chans, embed_dim, img_size, **dd),
+            stages=stages,
+            norm=LayerNorm(embed_dim, eps=1e-6, **dd),
+            head=TokenClassifierHead(embed_dim, num_classes, global_pool, drop_rate, **dd),
+            widths=[embed_dim] * depth,
+            reductions=[PATCH] * depth,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            output_fmt="NHWC",
+        )
+
+    def as_map(self, x: Tensor, first: Tensor) -> Tensor:
+        """A stage's tokens without the class token, in the form of the first map."""
+        if x.ndim == 4:
+            return x
+        return x[:, 1:].unflatten(1, [first.shape[1], first.shape[2]])
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as the paper does; the first blocks begin as convolutions."""
+        super().init_weights(needs_reset)
+        for module in self.modules():
+            if isinstance(module, GatedPositionalAttention):
+                module.initialize_locality()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The position embeddings and the class token."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
+
+    def adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """As :meth:`Backbone.adapt_state_dict`; position embeddings of another square grid are resized."""
+        state_dict = super().adapt_state_dict(state_dict)
+        embedding = state_dict.get("stem.pos_embed")
+        if embedding is not None and embedding.shape != self.stem.pos_embed.shape:
+            side = int(embedding.shape[1] ** 0.5)
+            resized = resize_embedding(embedding.float(), [side, side], self.stem.grid_size)
+            state_dict["stem.pos_embed"] = resized.flatten(1, 2).to(embedding.dtype)
+        return state_dict
+
+
+def _variant(num_heads: int, head_dim: int = 48, args: Optional[dict] = None, **cfg) -> Variant:
+    return Variant({"embed_dim": head_dim * num_heads, "num_heads": num_heads, **(args or {})}, cfg)
+
+
+VARIANTS = {
+    "convit_pico": _variant(
+        4, 32, {"depth": 6, "local_depth": 4, "img_size": 64}, input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0
+    ),
+    "convit_tiny": _variant(4),
+    "convit_small": _variant(9),
+    "convit_base": _variant(16),
+}
+
+default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv", pool_size=(14, 14))
+
+register_variants(__name__, VARIANTS, partial(build_backbone, ConViT, feature_levels=3))
