@@ -116,6 +116,19 @@ def _litv2(size: str, top1: float) -> dict[str, ReleasedWeights]:
     return {f"litv2_{size}.ziplab_in1k": weights}
 
 
+def _transnext(name: str, file: str, top1: float, tag: str = "in1k", **cfg: Any) -> dict[str, ReleasedWeights]:
+    repository = file.replace("_", "-")
+    weights = ReleasedWeights(
+        url=f"https://huggingface.co/DaiShiResearch/{repository}/resolve/main/{file}.pth",
+        top1=top1,
+        license="apache-2.0",
+        origin="https://github.com/DaiShiResearch/TransNeXt",
+        cfg=cfg,
+    )
+    return {f"transnext_{name}.{tag}": weights}
+
+
+_SQUASHED_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0, "crop_mode": "squash"}
 _FINE_TUNED = "shi_in22k_ft_in1k"
 
 RELEASED: dict[str, ReleasedWeights] = {
@@ -164,4 +177,11 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_maxvit_21k("base"),
     **_maxvit_21k("large"),
     **_maxvit_21k("xlarge"),
+    **_transnext("micro", "transnext_micro_224_1k", 82.5),
+    **_transnext("micro_aaaa", "transnext_micro_AAAA_256_1k", 82.6),
+    **_transnext("tiny", "transnext_tiny_224_1k", 84.0),
+    **_transnext("small", "transnext_small_224_1k", 84.7),
+    **_transnext("small", "transnext_small_384_1k_ft_1k", 86.0, "in1k_ft_in1k_384", **_SQUASHED_384),
+    **_transnext("base", "transnext_base_224_1k", 84.8),
+    **_transnext("base", "transnext_base_384_1k_ft_1k", 86.2, "in1k_ft_in1k_384", **_SQUASHED_384),
 }

@@ -8,6 +8,7 @@ from .litv2 import LITv2
 from .maxvit import MaxViT
 from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
 from .shvit import SHViT
+from .transnext import TransNeXt
 
 __all__ = [
     "ConViT",
@@ -17,6 +18,7 @@ __all__ = [
     "MaxViT",
     "NeighborhoodTransformer",
     "SHViT",
+    "TransNeXt",
     "create_model",
     "list_models",
 ]

@@ -21,19 +21,25 @@ Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
 
 
 class Stage(nn.Module):
-    """A downsampling step (identity in the first stage) and the blocks that follow it, on maps of one layout."""
+    """A downsampling step (identity in the first stage), blocks, and a norm if the family has one for each stage."""
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: Optional[nn.Module] = None) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: Optional[nn.Module] = None,
+        norm: Optional[nn.Module] = None,
+    ) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample or nn.Identity()
         self.blocks = nn.Sequential(*blocks)
+        self.norm = norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+            return self.norm(checkpoint_seq(self.blocks, x))
+        return self.norm(self.blocks(x))
 
 
 class Backbone(nn.Module):
@@ -188,7 +194,12 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise decay: stem, stages (coarse) or blocks, final norm."""
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
+            (r"^norm", (99999,)),
+        ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     @torch.jit.ignore

@@ -15,7 +15,7 @@ import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 
 FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit")
-BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES) if not golden.model_args}
+BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES, "transnext") if not golden.model_args}
 SMALLEST = [
     "nat_mini",
     "dinat_s_tiny",
@@ -26,6 +26,7 @@ SMALLEST = [
     "litv2_small",
     "convit_tiny_vicinal",
     "maxvit_tiny",
+    "transnext_micro",
 ]
 
 

@@ -20,6 +20,8 @@ from vicinal.zoo.names import registered_name
 FOLDER = Path(__file__).parent.parent / "golden"
 # What a network is built with where a recorded input needs one of other parameters.
 OPTIONS = {"distill": {"distilled": True}, "img256": {"img_size": 256}, "img256x320": {"img_size": (256, 320)}}
+# The same for inputs that were recorded in another mode of the network, with the parameters that it has anyway.
+MODES = {"det_interpolation_256x320": {"position_bias": "interpolated"}}
 
 
 def fill(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -53,7 +55,7 @@ class Golden:
         self.variant = path.stem.removesuffix("_timm_shapes").removesuffix("_tf_224")
         self.data = json.loads(path.read_text())
         name, _, alpha = self.variant.partition("_alpha")
-        self.name = registered_name(name)
+        self.name = registered_name(name.lower())
         self.model_args = {"alpha": float(alpha)} if alpha else {}
         self.shapes = {key: tuple(shape) for key, shape, *_ in self.data["keys"]}
         self.dtypes = {key: dtype for key, _, dtype, *_ in self.data["keys"]}
@@ -73,7 +75,8 @@ class Golden:
 
     def options(self, tag: str) -> dict[str, object]:
         """What our network for one input is built with."""
-        return {**self.model_args, **(OPTIONS[tag] if self._differences(tag) else {})}
+        options = OPTIONS[tag] if self._differences(tag) else MODES.get(tag, {})
+        return {**self.model_args, **options}
 
     def _differences(self, tag: str) -> dict[str, tuple[int, ...]]:
         return {key: tuple(shape) for key, shape in self.data.get("input_key_diffs", {}).get(tag, [])}

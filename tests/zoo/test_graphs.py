@@ -22,6 +22,7 @@ MODELS = {
     "litv2_pico": {},
     "convit_pico_vicinal": {},
     "maxvit_pico": {},
+    "transnext_pico": {},
 }
 # Even and odd maps, divisible by nothing in particular; the first one traces the graph.
 SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]

@@ -105,7 +105,7 @@ def test_reinitialisation_is_the_construction(name: str):
             assert torch.equal(ours, theirs), key
 
 
-@pytest.mark.parametrize("name", ["nat_pico", "dinat_pico", "davit_pico_vicinal", "maxvit_pico"])
+@pytest.mark.parametrize("name", ["nat_pico", "dinat_pico", "davit_pico_vicinal", "maxvit_pico", "transnext_pico"])
 def test_attention_dropout_acts_in_training_alone(name: str):
     plain, dropping = create(name), create(name, attn_drop_rate=0.5)
     dropping.load_state_dict(plain.state_dict())

@@ -13,7 +13,7 @@ import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 from vicinal.checkpoints.convert import find_layout
 
-GOLDEN = list_golden("nat", "dinat", "davit", "shvit", "litv2", "maxvit", "convit")
+GOLDEN = list_golden("nat", "dinat", "davit", "shvit", "litv2", "maxvit", "transnext", "convit")
 # MaxViT's bias tables move its logits by no more than 5e-4 of their deviation.
 TOLERANCES = {"maxvit": 3e-5}
 WITH_FIGURES = [golden for golden in GOLDEN if golden.data["golden"]]
@@ -25,6 +25,24 @@ def create(golden: Golden, tag: str = "default") -> torch.nn.Module:
     model = timm.create_model(golden.name, **options)
     model.load_state_dict(convert(golden.name, golden.state_dict(tag), **options))
     return model.eval()
+
+
+def list_features(model: torch.nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Maps (B, C, H, W): "stem", "stage0" behind the blocks of a stage, and "stage0_norm" behind the stage's norm."""
+    maps = {}
+    taps = {"stem": model.stem, "norm": model.norm}
+    for index, stage in enumerate(model.stages):
+        taps |= {f"stage{index}": stage.blocks, f"stage{index}_norm": stage}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, key=key: maps.setdefault(key, output))
+        for key, module in taps.items()
+    ]
+    model.forward_features(image)
+    for hook in hooks:
+        hook.remove()
+    tokens = {f"{key}_tokens": x for key, x in maps.items() if x.ndim == 3}
+    maps = {key: model.as_map(x, maps["stem"]) for key, x in maps.items()}
+    return tokens | {key: x.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else x for key, x in maps.items()}
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=repr)
@@ -44,18 +62,12 @@ def test_logits_and_features(golden: Golden, tag: str):
     model = create(golden, tag)
     image = golden.image(tag)
     with torch.no_grad():
-        logits = model(image)
-        features = model.forward_intermediates(image, intermediates_only=True)
-        stem = model.stem(image)
+        logits, features = model(image), list_features(model, image)
     expected = golden.logits[tag]
     assert (logits - expected).abs().max() <= TOLERANCES.get(golden.data["family"], 1e-4) * expected.std()
     for key, figures in golden.data["features"].get(tag, {}).items():
-        # "stage2" of a pyramid, "block5" of an isotropic network, whose stages are single blocks
-        if key.endswith("_tokens"):
-            continue  # the map beside it holds them all but the class token
-        feature = stem if key == "stem" else features[int(key[5:].removesuffix("_patches"))]
-        if feature is stem and model.output_fmt == "NHWC":
-            feature = feature.permute(0, 3, 1, 2)
+        # "block5" of an isotropic network, whose stages are single blocks
+        feature = features[key.replace("block", "stage").removesuffix("_patches")]
         assert list(feature.shape) == figures["shape"]
         assert feature.double().mean().item() == pytest.approx(figures["mean"], abs=1e-4 * figures["std"])
         assert feature.double().std(correction=0).item() == pytest.approx(figures["std"], rel=1e-4)

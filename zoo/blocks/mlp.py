@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +19,9 @@ class DepthwiseConv(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        # TorchScript knows no super()
+        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=[1, 1], groups=self.groups)
+        return x.permute(0, 2, 3, 1)
 
 
 class DepthwiseMlp(nn.Module):
@@ -46,3 +49,32 @@ class DepthwiseMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.dwconv(self.fc1(x))))))
+
+
+class ConvGluMlp(nn.Module):
+    """Gated linear unit whose gate passes through a depthwise convolution, ``fc2(gelu(dwconv(a)) * b)``.
+
+    Args:
+        dim: channels of the map.
+        hidden_dim: channels of the gate and of what it gates.
+        drop: dropout after the gate and after the output.
+
+    Shape:
+        (B, H, W, dim) to the same.
+
+    Source:
+        Convolutional GLU of TransNeXt (Shi, arXiv:2311.17132, section 3.4).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim, **dd)
+        self.dwconv = DepthwiseConv(hidden_dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = torch.chunk(self.fc1(x), 2, dim=-1)
+        x = F.gelu(self.dwconv(gate)) * x
+        return self.drop(self.fc2(self.drop(x)))

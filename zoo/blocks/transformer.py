@@ -22,6 +22,7 @@ class TransformerBlock(nn.Module):
         drop_path: rate of stochastic depth.
         norm_eps: of both norms.
         act_layer: timm's name of the MLP's activation.
+        mlp: feed-forward network on such maps, in place of the linear one that the other options describe.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class TransformerBlock(nn.Module):
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
         act_layer: str = "gelu",
+        mlp: Optional[nn.Module] = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -51,7 +53,7 @@ class TransformerBlock(nn.Module):
         self.attn = attn
         self.ls1 = scale()
         self.norm2 = norm()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=proj_drop, **dd)
+        self.mlp = mlp or Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=proj_drop, **dd)
         self.ls2 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
