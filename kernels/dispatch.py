@@ -111,8 +111,8 @@ class Operator:
         reference: called as ``reference(*arguments)``; returns the output, differentiable by autograd.
         tiled: module with ``forward(*arguments) -> (output, logsumexp)`` and ``backward(grad_output, output, logsumexp,
             needs_gradient, *arguments) -> list``: gradients of those differentiable arguments, in order, whose flag in
-            needs_gradient is set, each in the dtype of its argument. Both run below autograd and autocast, on
-            non-empty tensors; float16 arrives as float32 on the CPU.
+            needs_gradient is set. Dispatch brings each to the dtype of its argument. Both run below autograd and
+            autocast, on non-empty tensors; on the CPU float16 arrives at tiled as float32.
         keys_per_query: ``keys_per_query(*arguments)`` for the flop counts, with shapes in the place of tensors.
         autocast: names of the tensor arguments that autocast converts.
         fused: name of the module with the Triton kernels, imported when first needed. It has the functions of tiled and
@@ -233,6 +233,15 @@ class Operator:
             raise ValueError(f"backend='fused' cannot run {self.name}: {refusal}; use backend='auto' or 'tiled'")
         return self.tiled
 
+    def _widen(self, implementation: ModuleType, values: Sequence[Any]) -> tuple:
+        """float16 to float32 for tiled on the CPU, whose float16 matrix products are two orders of magnitude slower."""
+
+        def widen(value: Any) -> Any:
+            slow = isinstance(value, Tensor) and value.dtype == torch.float16 and value.device.type == "cpu"
+            return value.float() if slow else value
+
+        return tuple(map(widen, values)) if implementation is self.tiled else tuple(values)
+
     def _register_implementations(self) -> None:
         # CompositeExplicitAutograd: one implementation, below autograd, for every device that has no other.
         _LIBRARY.impl(self.name, self._forward, "CompositeExplicitAutograd")
@@ -246,7 +255,8 @@ class Operator:
         self.check(*arguments)
         if arguments[0].numel() == 0:
             return self._allocate(*arguments)
-        output, logsumexp = self._implementation(arguments).forward(*_widen(arguments))
+        implementation = self._implementation(arguments)
+        output, logsumexp = implementation.forward(*self._widen(implementation, arguments))
         return output.to(arguments[0].dtype).contiguous(), logsumexp.contiguous()
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
@@ -255,8 +265,9 @@ class Operator:
         wanted = self._wanted(needs_gradient, arguments)
         if grad_output.numel() == 0:
             return [tensor.new_zeros(tensor.shape) for tensor in wanted]
-        statistics = _widen((grad_output, output, logsumexp))
-        gradients = self._implementation(arguments).backward(*statistics, needs_gradient, *_widen(arguments))
+        implementation = self._implementation(arguments)
+        statistics = self._widen(implementation, (grad_output, output, logsumexp))
+        gradients = implementation.backward(*statistics, needs_gradient, *self._widen(implementation, arguments))
         return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, wanted, strict=True)]
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -357,13 +368,3 @@ class Operator:
 
         register_flop_formula(self.forward_op)(forward)
         register_flop_formula(self.backward_op)(backward)
-
-
-def _widen(arguments: Sequence[Any]) -> tuple:
-    """float16 to float32 on the CPU, whose float16 matrix products are two orders of magnitude slower."""
-
-    def widen(value: Any) -> Any:
-        slow = isinstance(value, Tensor) and value.dtype == torch.float16 and value.device.type == "cpu"
-        return value.float() if slow else value
-
-    return tuple(widen(value) for value in arguments)

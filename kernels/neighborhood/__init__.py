@@ -22,6 +22,7 @@ _OPERATOR = Operator(
     check=checks.check_neighborhood_attention,
     reference=reference.neighborhood_attention,
     tiled=tiled,
+    fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, kernel_size, *_: prod(
         checks.per_axis("kernel_size", kernel_size, len(query) - 3)
     ),

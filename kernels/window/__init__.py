@@ -19,6 +19,7 @@ _OPERATOR = Operator(
     check=checks.check_window_attention,
     reference=reference.window_attention,
     tiled=tiled,
+    fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, window_size, *_: window_size[0] * window_size[-1],
 )
 

@@ -143,7 +143,8 @@ def test_explain(name: str, heads: int, expected: str) -> None:
 
 def test_explain_takes_the_function_or_its_name() -> None:
     tokens = torch.zeros(1, 4, 4, 1, 8)
-    expected = "window_attention: tiled\nfused: not built for this operator yet"
+    expected = "window_attention: tiled\nfused: query is on cpu; Triton kernels run on GPUs"
+    expected += " (on the CPU under TRITON_INTERPRET=1)"
     assert explain(window_attention, tokens, tokens, tokens, 2, shift=1) == expected
     assert explain("window_attention", tokens, tokens, tokens, window_size=(2, 2)) == expected
 

@@ -1,0 +1,169 @@
+"""Launch parameters of the Triton kernels: a static table by architecture, and the one place where kernels start.
+
+Nothing is tuned at import or at the first call.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+
+class Parameters(NamedTuple):
+    """Tokens of a block, warps of a program, stages of the software pipeline."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+class Launch(NamedTuple):
+    """A kernel with its number of programs and its arguments by name."""
+
+    kernel: Any
+    programs: int
+    parameters: Parameters
+    arguments: dict[str, Any]
+
+
+class _Recording(NamedTuple):
+    architecture: str
+    launches: list[Launch]
+
+
+_recording: Optional[_Recording] = None
+# kernel: {bytes of an element: {head_dim padded to a power of two, at least 32: (block, warps, stages)}}. Each is the
+# first of a list from large to small blocks that neither spills registers nor exceeds the shared memory, found by
+# compiling ahead of time; eval/kernel_table.py shows what each takes. Measured times may replace them.
+_SMALL_SHARED_MEMORY = {
+    "window_forward_whole": {
+        2: {32: (64, 4, 1), 64: (64, 8, 2), 128: (64, 8, 1), 256: (32, 8, 1)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    },
+    "window_forward": {
+        2: {32: (64, 4, 1), 64: (64, 8, 2), 128: (64, 8, 1), 256: (32, 8, 1)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    },
+    "window_backward_whole": {
+        2: {32: (64, 8, 1), 64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 4, 1)},
+    },
+    "window_backward_query": {
+        2: {32: (64, 8, 2), 64: (64, 8, 2), 128: (64, 8, 2), 256: (32, 4, 2)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 4, 2)},
+    },
+    "window_backward_key": {
+        2: {32: (64, 8, 1), 64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1)},
+    },
+    "window_backward_bias": {
+        2: {32: (64, 8, 1), 64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+        4: {32: (64, 8, 1), 64: (32, 8, 1), 128: (32, 8, 1), 256: (16, 4, 1)},
+    },
+    "neighborhood_forward": {
+        2: {32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 4, 2)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 4, 1)},
+    },
+    "neighborhood_backward_query": {
+        2: {32: (64, 4, 2), 64: (64, 8, 2), 128: (64, 8, 2), 256: (32, 4, 2)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 4, 2)},
+    },
+    "neighborhood_backward_key": {
+        2: {32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    },
+    "neighborhood_backward_bias": {
+        2: {32: (64, 4, 1), 64: (64, 4, 1), 128: (64, 4, 1), 256: (32, 4, 1)},
+        4: {32: (64, 4, 1), 64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
+    },
+}
+_LARGE_SHARED_MEMORY = {
+    "window_forward_whole": {
+        2: {32: (64, 4, 2), 64: (64, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1)},
+    },
+    "window_forward": {
+        2: {32: (64, 8, 2), 64: (64, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1)},
+    },
+    "window_backward_whole": {
+        2: {32: (64, 4, 1), 64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    },
+    "window_backward_query": {
+        2: {32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 4, 2)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 4, 2)},
+    },
+    "window_backward_key": {
+        2: {32: (64, 8, 2), 64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+        4: {32: (64, 8, 1), 64: (32, 8, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    },
+    "window_backward_bias": {
+        2: {32: (64, 4, 1), 64: (64, 8, 2), 128: (64, 8, 2), 256: (16, 4, 1)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 16, 1)},
+    },
+    "neighborhood_forward": {
+        2: {32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 1), 256: (32, 4, 2)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 4, 1)},
+    },
+    "neighborhood_backward_query": {
+        2: {32: (64, 4, 2), 64: (64, 8, 2), 128: (64, 8, 2), 256: (32, 4, 2)},
+        4: {32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 2)},
+    },
+    "neighborhood_backward_key": {
+        2: {32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
+        4: {32: (64, 8, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    },
+    "neighborhood_backward_bias": {
+        2: {32: (64, 4, 1), 64: (64, 4, 1), 128: (64, 4, 1), 256: (32, 4, 1)},
+        4: {32: (64, 4, 1), 64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
+    },
+}
+TABLE = {
+    "ampere": _SMALL_SHARED_MEMORY,
+    "ada": _SMALL_SHARED_MEMORY,
+    "hopper": _LARGE_SHARED_MEMORY,
+    "blackwell": _LARGE_SHARED_MEMORY,
+}
+
+
+@cache
+def architecture(device: torch.device) -> Optional[str]:
+    """Row of the table for a device, None for one that has no row. In the interpreter the CPU stands in for Hopper."""
+    if device.type == "cpu":
+        return "hopper"
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return {(8, 0): "ampere", (9, 0): "hopper", (10, 0): "blackwell", (10, 3): "blackwell"}.get(
+        (major, minor), "ada" if major in (8, 12) else None
+    )
+
+
+def launch_parameters(kernel: str, query: Tensor, channels: int) -> Parameters:
+    """Args: kernel: "<operator>_<kernel>"; channels: head_dim padded to a power of two."""
+    row = _recording.architecture if _recording else architecture(query.device)
+    return Parameters(*TABLE[row][kernel][query.element_size()][max(channels, 32)])
+
+
+@contextmanager
+def record(architecture: str) -> Iterator[list[Launch]]:
+    """Collect launches instead of starting them, with the parameters of an architecture; meta tensors will do."""
+    global _recording  # noqa: PLW0603 (as the backend that dispatch holds)
+    outer, _recording = _recording, _Recording(architecture, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = outer
+
+
+def submit(kernel: Any, programs: int, parameters: Parameters, **arguments: Any) -> None:
+    """Start a kernel on the current stream of the device of its tensor `query`."""
+    if _recording:
+        _recording.launches.append(Launch(kernel, programs, parameters, arguments))
+        return
+    with torch.cuda.device_of(arguments["query"]):
+        kernel[(programs,)](**arguments, num_warps=parameters.warps, num_stages=parameters.stages)

@@ -1,0 +1,27 @@
+"""These tests run with TRITON_INTERPRET=1: kernels are interpreted, on CPU tensors."""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+torch.set_num_threads(1)
+
+
+def repair_bfloat16_products() -> None:
+    """The interpreter holds bfloat16 as raw bits, and its dot multiplies these (triton-lang/triton issue 11584)."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def to_float32(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def repaired(self, left, right, *rest):
+        return create_dot(self, to_float32(left), to_float32(right), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = repaired
+
+
+repair_bfloat16_products()
