@@ -13,6 +13,7 @@ commands:
   report   draw the picture of a run: curves, predictions, attention maps
   models   list the models: size, cost, published accuracy
   bench    measure operators or models
+  doctor   versions, devices, and which backend each operator takes
 
 options:
   --help, --version"""
@@ -29,7 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from .train.errors import UserError, nearest, run_command
 
-    runners = {"train": _train, "eval": _classify, "report": _report, "models": _models, "bench": _bench}
+    runners = {
+        "train": _train,
+        "eval": _classify,
+        "report": _report,
+        "models": _models,
+        "bench": _bench,
+        "doctor": _doctor,
+    }
     if command not in runners:
         hint = nearest(command, runners, count=1) or "vicinal --help lists the commands"
         return run_command(_refuse(UserError(f"unknown command {command!r}; {hint}")), rest)
@@ -88,6 +96,12 @@ def _models(argv: Sequence[str]) -> int:
     from .eval import catalog
 
     return catalog.main(argv)
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from .eval import doctor
+
+    return doctor.main(argv)
 
 
 def _report(argv: Sequence[str]) -> int:
