@@ -37,7 +37,9 @@ class _Recording(NamedTuple):
 _recording: Optional[_Recording] = None
 # kernel: {bytes of an element: {head_dim padded to a power of two, at least 32: (block, warps, stages)}}. Each is the
 # first of a list from large to small blocks that neither spills registers nor exceeds the shared memory, found by
-# compiling ahead of time; eval/kernel_table.py shows what each takes. Measured times may replace them.
+# compiling ahead of time for compute capability 8.9 and 9.0, most of them on maps of two axes. The tests hold Hopper to
+# that at head_dim 32 and 64; elsewhere some spill a little. eval/kernel_table.py shows what each takes. Measured times
+# may replace them.
 _SMALL_SHARED_MEMORY = {
     "window_forward_whole": {
         2: {32: (64, 4, 1), 64: (64, 8, 2), 128: (64, 8, 1), 256: (32, 8, 1)},

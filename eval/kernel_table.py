@@ -1,0 +1,225 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and tabulate what each takes of its multiprocessor.
+
+``python -m vicinal.eval.kernel_table docs/kernel_resources.md hopper`` writes the table for the architectures named, or
+for all of them, in about two minutes each.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import launch
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a multiprocessor has. Sources: CUDA C++ Programming Guide, compute capabilities.
+
+    Attributes:
+        capability: compute capability times ten.
+        shared: bytes of shared memory that one program may use.
+        shared_total: bytes that all programs on a multiprocessor share.
+        warps: resident warps.
+    """
+
+    capability: int
+    shared: int
+    shared_total: int
+    warps: int
+
+
+ARCHITECTURES = {
+    "ampere": Architecture(80, 166912, 167936, 64),
+    "ada": Architecture(89, 101376, 102400, 48),
+    "hopper": Architecture(90, 232448, 233472, 64),
+    "blackwell": Architecture(100, 232448, 233472, 64),
+}
+REGISTERS = 65536
+RESERVED_SHARED = 1024
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TENSOR_CORES = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of a thread that did not fit into registers.
+        shared: bytes of a program.
+        tensor_core_instructions: in the program text.
+        occupancy: share of the multiprocessor's warps that are resident.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    tensor_core_instructions: int
+    occupancy: float
+
+
+def compile_launch(started: launch.Launch, architecture: str) -> Resources:
+    """Compile a recorded launch as the runtime would specialize it for its arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(started.kernel.params):
+        value = started.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        else:
+            signature[parameter.name] = _specialize(value, (index,), constants, attributes)
+    limits, (_, warps, stages) = ARCHITECTURES[architecture], started.parameters
+    compiled = triton.compile(
+        ASTSource(started.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", limits.capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    registers, spilled = _usage(compiled.asm["cubin"], Path(triton.__file__).parent)
+    shared = compiled.metadata.shared
+    by_registers = REGISTERS // (32 * warps * -(-registers // 8) * 8)
+    programs = min(by_registers, limits.shared_total // (shared + RESERVED_SHARED), limits.warps // warps)
+    instructions = len(re.findall(TENSOR_CORES, compiled.asm["ptx"]))
+    return Resources(registers, spilled, shared, instructions, programs * warps / limits.warps)
+
+
+def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """Type of an argument in Triton's signature, by the rules of its runtime: ones and None become constants."""
+    if isinstance(value, tuple):
+        return tuple(_specialize(item, (*path, index), constants, attributes) for index, item in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _usage(binary: bytes, triton_folder: Path) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, from the compiled binary."""
+    tool = triton_folder / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        report = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report).groups())
+    return registers, stack + local
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call whose forward and backward are compiled.
+
+    Attributes:
+        operator: "window_attention" or "neighborhood_attention".
+        window: side of a window, or size of a kernel.
+        rank: spatial axes of the map.
+        deterministic: compile the form for torch.use_deterministic_algorithms.
+    """
+
+    operator: str
+    window: int
+    rank: int = 2
+    deterministic: bool = False
+
+
+CASES = (
+    Case("window_attention", 7),
+    Case("window_attention", 4),
+    Case("window_attention", 14),
+    Case("neighborhood_attention", 7),
+    Case("neighborhood_attention", 7, deterministic=True),
+    Case("neighborhood_attention", 13, rank=1),
+    Case("neighborhood_attention", 3, rank=3),
+)
+HEAD_DIMS = (32, 64)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def record_case(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> dict[str, launch.Launch]:
+    """The launches of a forward and a backward with all gradients, by name of the kernel; nothing is computed."""
+    from ..kernels.neighborhood import fused as neighborhood
+    from ..kernels.window import fused as window
+
+    extent = {1: 4096, 2: 8 * case.window, 3: 16}[case.rank]
+    shape = (8, *(extent,) * case.rank, 3, 4, head_dim)
+    inputs = torch.empty(shape, dtype=dtype, device="meta").unbind(-3)
+    table = torch.empty(4, *(2 * case.window - 1,) * case.rank, device="meta")
+    grad_output = torch.empty(inputs[0].shape, dtype=dtype, device="meta")
+    if case.operator == "window_attention":
+        module, options = window, ([case.window], "block", [case.window // 2], table, None)
+    else:
+        module, options = neighborhood, ([case.window], [1], [2], [False], table, None)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(case.deterministic)
+    try:
+        with launch.record(architecture) as launches:
+            output, logsumexp = module.forward(*inputs, *options)
+            module.backward(grad_output, output, logsumexp, [True] * 4, *inputs, *options)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    return {started.kernel.__name__.removesuffix("_kernel"): started for started in launches}
+
+
+HEADER = """# What the Triton kernels take of a multiprocessor
+
+Made by `python -m vicinal.eval.kernel_table {arguments}` with triton {triton}, compiled ahead of time: no GPU was used, and
+nothing here is a time. Registers and spilled bytes are of a thread, shared memory is of a program; occupancy is the
+share of the multiprocessor's warps that registers and shared memory let be resident.
+
+| architecture | operator | kernel | dtype | head_dim | block, warps, stages \
+| registers | spilled | shared | tensor-core instructions | occupancy, % |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+DOCUMENTED_CASES = tuple(case for case in CASES if case.rank == 2 and case.window != 4)
+
+
+def table_rows(architecture: str) -> Iterator[str]:
+    """Lines of the table for one architecture: each kernel once for each dtype and head_dim."""
+    for dtype, head_dim in product(DTYPES, HEAD_DIMS):
+        launches = {}
+        for case in DOCUMENTED_CASES:
+            for name, started in record_case(case, head_dim, dtype, architecture).items():
+                launches.setdefault((case.operator, name), started)
+        for (operator, name), started in launches.items():
+            found = compile_launch(started, architecture)
+            cells = (
+                *(architecture, operator, name, str(dtype).removeprefix("torch."), head_dim),
+                ", ".join(map(str, started.parameters)),
+                *(found.registers, found.spilled, found.shared, found.tensor_core_instructions),
+                round(100 * found.occupancy),
+            )
+            yield f"| {' | '.join(map(str, cells))} |\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the table; the paths and architectures are all that is asked for."""
+    if not argv or not set(argv[1:]) <= set(ARCHITECTURES):
+        raise SystemExit(f"usage: python -m vicinal.eval.kernel_table FILE [{' | '.join(ARCHITECTURES)} ...]")
+    import triton
+
+    path, *chosen = argv
+    text = HEADER.format(arguments=" ".join(argv), triton=triton.__version__)
+    text += "".join(row for architecture in chosen or ARCHITECTURES for row in table_rows(architecture))
+    partial = Path(f"{path}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

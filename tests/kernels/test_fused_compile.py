@@ -1,0 +1,79 @@
+"""The Triton kernels, compiled ahead of time for GPUs that need not be there: what they take of a multiprocessor."""
+
+import pytest
+import torch
+
+from vicinal.eval.kernel_table import (
+    ARCHITECTURES,
+    CASES,
+    DTYPES,
+    HEAD_DIMS,
+    Case,
+    compile_launch,
+    main,
+    record_case,
+)
+
+LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}}
+"""Kernels without matrix products: they sum offset by offset."""
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+def check(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> None:
+    for name, started in record_case(case, head_dim, dtype, architecture).items():
+        found = compile_launch(started, architecture)
+        report = f"{case.operator} {name} head_dim={head_dim} {dtype} {started.parameters}: {found}"
+        assert found.spilled == 0, report
+        assert found.shared <= ARCHITECTURES[architecture].shared, report
+        assert found.occupancy > 0, report
+        # float32 products are exact, which tensor cores are not.
+        uses_tensor_cores = dtype != torch.float32 and name not in LIGHT_KERNELS.get(case.operator, ())
+        assert (found.tensor_core_instructions > 0) == uses_tensor_cores, report
+
+
+def describe(case: Case) -> str:
+    return f"{case.operator}-{case.window}-rank{case.rank}" + "-deterministic" * case.deterministic
+
+
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_hopper(case: Case) -> None:
+    check(case, 32, torch.bfloat16, "hopper")
+
+
+def test_hopper_in_float32() -> None:
+    check(CASES[0], 32, torch.float32, "hopper")
+
+
+def test_allowed_tf32_uses_tensor_cores() -> None:
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        started = record_case(Case("window_attention", 4), 32, torch.float32, "hopper")["forward"]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    assert compile_launch(started, "hopper").tensor_core_instructions > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=describe)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hopper_in_every_dtype(case: Case, head_dim: int, dtype: torch.dtype) -> None:
+    check(case, head_dim, dtype, "hopper")
+
+
+@pytest.mark.parametrize("architecture", ["ampere", "ada", "blackwell"])
+def test_other_architectures_compile_within_their_memory(architecture: str) -> None:
+    for name, started in record_case(CASES[1], 32, torch.bfloat16, architecture).items():
+        found = compile_launch(started, architecture)
+        assert found.shared <= ARCHITECTURES[architecture].shared, (name, found)
+        assert found.tensor_core_instructions > 0, (name, found)
+
+
+def test_the_table_refuses_an_unknown_architecture() -> None:
+    with pytest.raises(SystemExit, match=r"usage: .* FILE"):
+        main(["table.md", "volta"])
