@@ -177,8 +177,8 @@ def record_case(case: Case, head_dim: int, dtype: torch.dtype, architecture: str
 
 HEADER = """# What the Triton kernels take of a multiprocessor
 
-Made by `python -m vicinal.eval.kernel_table {arguments}` with triton {triton}, compiled ahead of time: no GPU was used, and
-nothing here is a time. Registers and spilled bytes are of a thread, shared memory is of a program; occupancy is the
+Made by `python -m vicinal.eval.kernel_table {arguments}` with triton {triton}, compiled ahead of time: no GPU was used,
+and nothing here is a time. Registers and spilled bytes are of a thread, shared memory is of a program; occupancy is the
 share of the multiprocessor's warps that registers and shared memory let be resident.
 
 | architecture | operator | kernel | dtype | head_dim | block, warps, stages \
