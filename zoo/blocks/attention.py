@@ -129,8 +129,8 @@ class NeighborhoodAttention(LocalAttention):
         **kwargs,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
-        self.kernel_size: List[int] = list(to_2tuple(kernel_size))
-        self.dilation: List[int] = list(to_2tuple(dilation))
+        self.kernel_size = _positive("kernel_size", kernel_size)
+        self.dilation = _positive("dilation", dilation)
         self.minimum: List[int] = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self.relative_position_bias = None
         if relative_position_bias:
@@ -234,7 +234,7 @@ class WindowAttention(LocalAttention):
         **kwargs,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
-        self.window_size: List[int] = list(to_2tuple(window_size))
+        self.window_size = _positive("window_size", window_size)
         self.partition = partition
         self.relative_position_bias = None
         if relative_position_bias:
@@ -249,7 +249,7 @@ class WindowAttention(LocalAttention):
     @torch.jit.ignore
     def set_window_size(self, window_size: Union[int, Sequence[int]]) -> None:
         """Change the window; the bias table is resized to it."""
-        self.window_size = list(to_2tuple(window_size))
+        self.window_size = _positive("window_size", window_size)
         table = self.relative_position_bias
         if table is not None:
             resized = self.resize_table(table.detach())
@@ -289,6 +289,14 @@ class WindowAttention(LocalAttention):
     @torch.jit.unused
     def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
         return window_aggregate(weights, value, self.window_size, partition=self.partition)
+
+
+def _positive(name: str, value: Union[int, Sequence[int]]) -> List[int]:
+    """One number for each of two axes, at least 1."""
+    values = list(to_2tuple(value))
+    if len(values) != 2 or min(values) < 1:
+        raise ValueError(f"{name}={value} must be one positive number, or one for height and one for width")
+    return values
 
 
 @register_notrace_function
