@@ -116,6 +116,16 @@ def _litv2(size: str, top1: float) -> dict[str, ReleasedWeights]:
     return {f"litv2_{size}.ziplab_in1k": weights}
 
 
+def _halonet(name: str, tag: str, top1: float) -> dict[str, ReleasedWeights]:
+    weights = ReleasedWeights(
+        hf_hub_id=f"timm/{name}.{tag}",
+        top1=top1,
+        license="apache-2.0",
+        origin="https://github.com/huggingface/pytorch-image-models",
+    )
+    return {f"{name}_vicinal.{tag}": weights}
+
+
 def _transnext(name: str, file: str, top1: float, tag: str = "in1k", **cfg: Any) -> dict[str, ReleasedWeights]:
     repository = file.replace("_", "-")
     weights = ReleasedWeights(
@@ -184,4 +194,9 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_transnext("small", "transnext_small_384_1k_ft_1k", 86.0, "in1k_ft_in1k_384", **_SQUASHED_384),
     **_transnext("base", "transnext_base_224_1k", 84.8),
     **_transnext("base", "transnext_base_384_1k_ft_1k", 86.2, "in1k_ft_in1k_384", **_SQUASHED_384),
+    **_halonet("halonet26t", "a1h_in1k", 79.134),
+    **_halonet("halonet50ts", "a1h_in1k", 81.640),
+    **_halonet("sehalonet33ts", "ra2_in1k", 80.976),
+    **_halonet("eca_halonext26ts", "c1_in1k", 79.518),
+    **_halonet("haloregnetz_b", "ra3_in1k", 81.058),
 }

@@ -4,6 +4,7 @@ from timm import create_model, list_models
 
 from .convit import ConViT
 from .davit import DaViT
+from .halonet import HaloNet
 from .litv2 import LITv2
 from .maxvit import MaxViT
 from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
@@ -13,6 +14,7 @@ from .transnext import TransNeXt
 __all__ = [
     "ConViT",
     "DaViT",
+    "HaloNet",
     "IsotropicNeighborhoodTransformer",
     "LITv2",
     "MaxViT",

@@ -55,6 +55,7 @@ class Backbone(nn.Module):
         in_chans: channels of the image.
         num_classes: rows of the classifier, 0 for none.
         output_fmt: layout of the maps inside the network, "NHWC" or "NCHW".
+        num_features: channels behind ``norm``, where that changes them.
 
     Attributes:
         feature_info: one entry a stage, for timm's feature extraction.
@@ -74,6 +75,7 @@ class Backbone(nn.Module):
         in_chans: int,
         num_classes: int,
         output_fmt: str,
+        num_features: Optional[int] = None,
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -83,7 +85,7 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.output_fmt = output_fmt
-        self.num_features = widths[-1]
+        self.num_features = num_features or widths[-1]
         self.head_hidden_size = head.num_features
         self.feature_info = [
             {"num_chs": width, "reduction": reduction, "module": f"stages.{index}"}
@@ -165,13 +167,13 @@ class Backbone(nn.Module):
         """Drop what comes after the last stage wanted; returns the indices as non-negative numbers."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         ends_early = max_index < len(self.stages) - 1
+        features_before = self.num_features
         self.stages = self.stages[: max_index + 1]
         if prune_norm or ends_early:
-            # the final norm has the width of the last stage and belongs to it
+            # the final norm belongs to the last stage
             self.norm = nn.Identity().train(self.training)
-        if ends_early:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or ends_early:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or self.num_features != features_before or ends_early:
             self._reset_head(0, "", reset_other=True)
         return take_indices
 

@@ -14,7 +14,7 @@ from golden import Golden, list_golden
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 
-FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit")
+FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit", "halonet")
 BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES, "transnext") if not golden.model_args}
 SMALLEST = [
     "nat_mini",
@@ -27,6 +27,7 @@ SMALLEST = [
     "convit_tiny_vicinal",
     "maxvit_tiny",
     "transnext_micro",
+    "halonet26t_vicinal",
 ]
 
 

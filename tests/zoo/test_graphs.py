@@ -23,6 +23,7 @@ MODELS = {
     "convit_pico_vicinal": {},
     "maxvit_pico": {},
     "transnext_pico": {},
+    "halonet_pico": {},
 }
 # Even and odd maps, divisible by nothing in particular; the first one traces the graph.
 SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]

@@ -28,6 +28,7 @@ SMALL = [
     "convit_pico_vicinal",
     "maxvit_pico",
     "transnext_pico",
+    "halonet_pico",
 ]
 TESTS_PER_MODEL = 18
 

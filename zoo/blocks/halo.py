@@ -111,13 +111,22 @@ class HaloAttention(nn.Module):
             columns = columns + self.mask(query.shape[2], width, columns)[:, None, :]
         x = self.attend(query, key, value, rows, columns).flatten(3)
         step = self.query_stride
-        x = crop(x, (height + step - 1) // step, (width + step - 1) // step).permute(0, 3, 1, 2)
+        # in the form of a strided convolution's output, which torch.export knows to be equal to the shortcut's
+        x = crop(x, (height - 1) // step + 1, (width - 1) // step + 1).permute(0, 3, 1, 2)
         return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
 
     def relative_logits(self, query: Tensor) -> Tuple[Tensor, Tensor]:
         """Products of queries with the embeddings of each row and column of the window, (B, H, W, heads, window)."""
         rows = self.pos_embed.height_rel[self.offsets(query.shape[1], query)]  # (H, window, head_dim)
         columns = self.pos_embed.width_rel[self.offsets(query.shape[2], query)]
+        exporting = False
+        if not torch.jit.is_scripting():
+            exporting = torch.compiler.is_exporting()
+        if exporting:
+            # slower, with heads before the free axis: torch.export can split a constant off a product, not a symbol
+            rows = torch.einsum("byxhd,ykd->byhxk", query, rows).transpose(2, 3).contiguous()
+            columns = torch.einsum("byxhd,xkd->bxhyk", query, columns).permute(0, 3, 1, 2, 4).contiguous()
+            return rows, columns
         return torch.einsum("byxhd,ykd->byxhk", query, rows), torch.einsum("byxhd,xkd->byxhk", query, columns)
 
     def offsets(self, queries: int, like: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""HaloNet against timm's networks on the same weights, and what is particular to it: masks, a final convolution."""
+
+import pytest
+import timm
+import torch
+from golden import Golden, list_golden
+
+import vicinal.zoo  # noqa: F401
+from vicinal.checkpoints import convert
+from vicinal.zoo.blocks.halo import HaloAttention
+
+
+def image(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("golden", list_golden("halonet"), ids=repr)
+def test_timms_weights_give_timms_logits(golden: Golden):
+    state_dict = golden.state_dict()
+    theirs = timm.create_model(golden.variant).eval()
+    theirs.load_state_dict(state_dict)
+    ours = timm.create_model(golden.name).eval()
+    ours.load_state_dict(convert(golden.name, state_dict))
+    batch = image(1, *timm.get_pretrained_cfg(golden.variant).input_size)
+    with torch.no_grad():
+        actual, expected = ours(batch), theirs(batch)
+    # the rounding of the parity tests: float32 over some fifty layers, summed in another order
+    assert (actual - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_initial_weights_follow_timms_rule():
+    torch.manual_seed(0)
+    ours = timm.create_model("halonet26t_vicinal")
+    torch.manual_seed(0)
+    theirs = timm.create_model("halonet26t")
+    expected = convert("halonet26t_vicinal", theirs.state_dict())
+    for key, value in ours.state_dict().items():
+        if value.ndim < 2:
+            assert torch.equal(value, expected[key]), key
+        else:
+            # deviations of two samples of n differ by their own deviation / sqrt(n); six of those
+            assert value.std().item() == pytest.approx(expected[key].std().item(), rel=6 / value.numel() ** 0.5), key
+    last = [value for key, value in ours.state_dict().items() if key.endswith("conv3_1x1.bn.weight")]
+    assert last
+    assert all(not value.any() for value in last)
+
+
+def test_padding_is_masked_on_request():
+    def create(**kwargs: object) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = timm.create_model("halonet_pico", num_classes=5, **kwargs)
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv3_1x1.bn.weight"):
+                torch.nn.init.ones_(parameter)
+        return model.eval()
+
+    masked = create(mask_padding=True)
+    assert all(module.mask_padding for module in masked.modules() if isinstance(module, HaloAttention))
+    with torch.no_grad():
+        zeros, unmasked = masked(image(1, 3, 50, 70)), create()(image(1, 3, 50, 70))
+    assert (zeros - unmasked).abs().max() > 1e-3 * unmasked.std()
+
+
+def test_the_width_of_the_features_follows_the_final_convolution():
+    model = timm.create_model("halonet_pico", num_classes=5).eval()
+    batch = image(2, 3, 64, 64)
+    assert model.forward_features(batch).shape[1] == model.num_features == 256
+    model.prune_intermediate_layers([3], prune_norm=True, prune_head=False)
+    assert model.forward_features(batch).shape[1] == model.num_features == model.head_hidden_size == 192
+    model.reset_classifier(7, "avg")
+    assert model(batch).shape == (2, 7)
