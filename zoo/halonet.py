@@ -1,7 +1,9 @@
 """HaloNet: residual networks with halo attention in place of some or all of their 3 x 3 convolutions.
 
 Paper: Scaling Local Self-Attention for Parameter Efficient Visual Backbones (arXiv:2103.12731). Its authors released
-neither code nor weights; timm's networks (``byoanet``) are built from timm's configurations, with our attention.
+neither code nor weights. ``halonet_h0`` to ``halonet_h7`` follow the paper's table; timm's networks (``byoanet``) are
+built from timm's configurations. timm's ``halonet_h1``, with 8 heads in every stage, is ``halonet_h1_vicinal`` here;
+the paper's, with 4 in the first, is ``halonet_h1_paper``.
 """
 
 from dataclasses import replace
@@ -12,7 +14,15 @@ from typing import Any
 from timm.layers import ClassifierHead
 from timm.models import named_apply
 from timm.models.byoanet import model_cfgs as TIMM_CFGS
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, _init_weights, expand_blocks_cfg
+from timm.models.byobnet import (
+    ByoBlockCfg,
+    ByobNet,
+    ByoModelCfg,
+    LayerFn,
+    SelfAttnBlock,
+    _init_weights,
+    expand_blocks_cfg,
+)
 from torch import nn
 
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
@@ -20,6 +30,20 @@ from .blocks.halo import HaloAttention
 from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["HaloNet", "checkpoint_filter_fn"]
+
+
+class HaloBlock(SelfAttnBlock):
+    """timm's block of 1 x 1 convolution, attention and 1 x 1 convolution, for attention that changes the width.
+
+    Arguments are :class:`SelfAttnBlock`'s.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, *, layers: LayerFn, device=None, dtype=None, **kwargs: Any) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(in_chs, out_chs, layers=layers, **kwargs, **dd)
+        width = self.self_attn.dim_out
+        self.post_attn = layers.norm_act(width, **dd)
+        self.conv3_1x1 = layers.conv_norm_act(width, out_chs, 1, apply_act=False, **dd)
 
 
 class HaloNet(Backbone):
@@ -86,6 +110,48 @@ def _with_our_attention(cfg: ByoModelCfg, mask_padding: bool) -> ByoModelCfg:
     return replace(swap(cfg), blocks=stages)
 
 
+def _paper(
+    block_size: int,
+    halo_size: int,
+    value_ratio: float,
+    width_ratio: float,
+    depth: int,
+    img_size: int,
+    num_features: int = 0,
+) -> Variant:
+    """A row of the paper's table.
+
+    Args:
+        block_size: tokens of a block per axis.
+        halo_size: tokens around a block per axis and side.
+        value_ratio: width of the values as a multiple of the bottleneck's.
+        width_ratio: width of a block's output as a multiple of the bottleneck's.
+        depth: blocks of the third stage; the others have three.
+        img_size: side of the training images.
+        num_features: width of the last convolution, 0 for none.
+    """
+
+    def stage(index: int, depth: int, num_heads: int) -> ByoBlockCfg:
+        width = 64 * 2**index
+        window = {"block_size": block_size, "halo_size": halo_size}
+        heads = {"num_heads": num_heads, "dim_head": width // num_heads, "dim_out": int(width * value_ratio)}
+        out = int(width * width_ratio)
+        stride = 2 if index else 1
+        # timm takes a class of ours as a partial
+        return ByoBlockCfg(
+            partial(HaloBlock), d=depth, c=out, s=stride, br=width / out, self_attn_kwargs={**window, **heads}
+        )
+
+    cfg = ByoModelCfg(
+        blocks=tuple(stage(index, *row) for index, row in enumerate(((3, 4), (3, 8), (depth, 8), (3, 8)))),
+        stem_type="7x7",
+        stem_chs=64,
+        num_features=num_features,
+        self_attn_layer="halo",
+    )
+    return Variant({"cfg": cfg}, {"input_size": (3, img_size, img_size), "pool_size": (-(-img_size // 32),) * 2})
+
+
 _PICO = ByoModelCfg(
     blocks=(
         ByoBlockCfg("bottle", d=1, c=32, s=1, br=0.5),
@@ -120,6 +186,14 @@ VARIANTS = {
     "eca_halonext26ts": _timm("eca_halonext26ts"),
     "haloregnetz_b": _timm("haloregnetz_b", 224, mean=_HALF, std=_HALF, first_conv="stem.conv"),
     "halonet_h1": _timm("halonet_h1", crop_pct=0.95),
+    "halonet_h0": _paper(8, 3, 1, 0.5, 7, 256),
+    "halonet_h1_paper": _paper(8, 3, 1, 1, 10, 256),
+    "halonet_h2": _paper(8, 3, 1, 1.25, 11, 256),
+    "halonet_h3": _paper(10, 3, 1, 1.5, 12, 320, 1024),
+    "halonet_h4": _paper(12, 2, 1, 3, 12, 384, 1280),
+    "halonet_h5": _paper(14, 2, 2.5, 2, 23, 448, 1536),
+    "halonet_h6": _paper(8, 4, 3, 2.75, 24, 512, 1536),
+    "halonet_h7": _paper(10, 3, 4, 3.5, 26, 600, 2048),
 }
 
 default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv1.conv")

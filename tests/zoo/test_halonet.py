@@ -14,6 +14,10 @@ def image(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+# Millions of parameters that the paper states, of H0 to H7.
+PAPER = {"h0": 5.5, "h1_paper": 8.1, "h2": 9.4, "h3": 11.8, "h4": 19.1, "h5": 30.7, "h6": 43.4, "h7": 67.4}
+
+
 @pytest.mark.parametrize("golden", list_golden("halonet"), ids=repr)
 def test_timms_weights_give_timms_logits(golden: Golden):
     state_dict = golden.state_dict()
@@ -69,3 +73,35 @@ def test_the_width_of_the_features_follows_the_final_convolution():
     assert model.forward_features(batch).shape[1] == model.num_features == model.head_hidden_size == 192
     model.reset_classifier(7, "avg")
     assert model(batch).shape == (2, 7)
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_the_papers_networks_have_the_papers_parameters(size: str):
+    model = timm.create_model(f"halonet_{size}", device="meta")
+    # stated to a tenth of a million; the paper leaves batch norms and the position tables' form open
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1e6 * PAPER[size], rel=0.01)
+
+
+@pytest.mark.parametrize("size", ["h0", "h5"])
+def test_the_papers_networks_train_with_values_of_their_own_width(size: str):
+    torch.manual_seed(0)
+    model = timm.create_model(f"halonet_{size}", num_classes=5)
+    attention = [module for module in model.modules() if isinstance(module, HaloAttention)]
+    widths = {
+        round((module.kv.out_channels - module.q.out_channels) / module.q.out_channels, 3) for module in attention
+    }
+    assert widths == {{"h0": 1.0, "h5": 2.5}[size]}
+    assert [module.num_heads for module in attention[:6]] == [4, 4, 4, 8, 8, 8]
+    logits = model(image(2, 3, 50, 66))
+    logits.square().sum().backward()
+    assert logits.shape == (2, 5)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_the_papers_h1_is_timms_but_for_the_heads_of_the_first_stage():
+    ours = timm.create_model("halonet_h1_paper", device="meta").state_dict()
+    theirs = timm.create_model("halonet_h1_vicinal", device="meta").state_dict()
+    differing = {key for key in ours if ours[key].shape != theirs[key].shape}
+    tables = {f"{block}.self_attn.pos_embed.{axis}_rel" for block in range(3) for axis in ("height", "width")}
+    assert list(ours) == list(theirs)
+    assert differing == {f"stages.0.blocks.{table}" for table in tables}

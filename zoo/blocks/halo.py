@@ -78,6 +78,7 @@ class HaloAttention(nn.Module):
             raise ValueError(f"dim_out={dim_out} is not a multiple of num_heads={num_heads}")
         if stride not in (1, 2):
             raise ValueError(f"stride={stride} must be 1 or 2")
+        self.dim_out = dim_out
         self.num_heads = num_heads
         self.head_dim = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.block_size = block_size
