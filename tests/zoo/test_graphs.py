@@ -31,7 +31,12 @@ SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]
 SCALES = {"shvit_pico_vicinal": 2}
 # A batch norm over vectors does not train on a single image.
 MANY = {"shvit_pico_vicinal"}
+# Deep chains of symbolic sizes, which ONNX export reasons about for a minute or more.
+SLOW_TO_TRACE = {"dinat_pico", "maxvit_pico", "transnext_pico", "litv2_pico"}
 names = pytest.mark.parametrize("name", MODELS)
+names_by_tracing_time = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_TO_TRACE else ()) for name in MODELS]
+)
 
 
 def create(name: str) -> nn.Module:
@@ -99,7 +104,7 @@ def test_export_with_dynamic_batch_and_size(name: str, strict: bool):
             assert_same_numbers(program.module()(image), model(image))
 
 
-@names
+@names_by_tracing_time
 def test_onnx_with_dynamic_batch_and_size(name: str, tmp_path: Path):
     model = create(name)
     path = tmp_path / "model.onnx"
