@@ -16,10 +16,10 @@ demo: $(READY)
 	$(BIN)/vicinal train --config configs/first_run.yaml --output runs/first_run
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -m "not slow" -n 2
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal
 
 test-all: $(READY)
-	$(BIN)/python -m pytest tests -n 2
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
