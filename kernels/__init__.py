@@ -5,6 +5,7 @@ from .dispatch import backend, explain
 from .gated import gated_positional_attention
 from .halo import halo_attention
 from .neighborhood import neighborhood_attention
+from .routed import routed_attention
 from .window import window_attention
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "gated_positional_attention",
     "halo_attention",
     "neighborhood_attention",
+    "routed_attention",
     "window_attention",
 ]

@@ -109,6 +109,15 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, ranks: Seq
         check_shape(name, tensor, query.shape, "the shape of query")
 
 
+def check_same_kind(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+    """The checks of query, key and value of five axes, that may have different shapes."""
+    check_floating("query", query)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_rank(name, tensor, (5,), layout)
+        check_dtype(name, tensor, "query", query)
+        check_device(name, tensor, "query", query)
+
+
 def check_relative_position_bias(bias: Optional[Tensor], query: Tensor, window: Sequence[int]) -> None:
     """A table of shape (heads, 2 * window - 1 per axis), of any floating dtype, on the device of query."""
     if bias is None:
@@ -266,12 +275,7 @@ def check_halo_attention(
     mask_padding: bool,
     scale: Optional[float],
 ) -> None:
-    layout = "(batch, height, width, heads, channels)"
-    check_floating("query", query)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_rank(name, tensor, (5,), layout)
-        check_dtype(name, tensor, "query", query)
-        check_device(name, tensor, "query", query)
+    check_same_kind(query, key, value, "(batch, height, width, heads, channels)")
     check_positive("block_size", [block_size])
     if halo_size < 0:
         raise ValueError(f"halo_size={halo_size} must be at least 0")
@@ -322,3 +326,29 @@ def check_gated_positional_attention(
     check_shape("position_scores", position_scores, (heads, tokens, tokens), "(heads, tokens, tokens)")
     check_shape("gate", gate, (heads,), "(heads,)")
     check_scale(scale)
+
+
+def check_routed_attention(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Optional[float]) -> None:
+    check_same_kind(query, key, value, "(batch, regions, tokens, heads, channels)")
+    check_shape("key", key, query.shape, "the shape of query")
+    check_shape(
+        "value", value, (*query.shape[:4], value.shape[4]), "with the batch, regions, tokens and heads of query"
+    )
+    if routes.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"routes has dtype {routes.dtype}; use int64 or int32")
+    check_rank("routes", routes, (3,), "(batch, regions, k)")
+    check_device("routes", routes, "query", query)
+    check_shape("routes", routes, (*query.shape[:2], routes.shape[2]), "(batch, regions, k) of query")
+    if routes.shape[2] < 1:
+        raise ValueError(f"routes has shape {tuple(routes.shape)}; each region needs at least 1 route")
+    _check_routes_in_range(routes, query.shape[1])
+    check_scale(scale)
+
+
+def _check_routes_in_range(routes: Tensor, regions: int) -> None:
+    """On the CPU: elsewhere reading the values would wait for the device, and while tracing there are none."""
+    if routes.device.type != "cpu" or torch.compiler.is_compiling() or routes.numel() == 0:
+        return
+    least, largest = (bound.item() for bound in routes.aminmax())
+    if least < 0 or largest >= regions:
+        raise ValueError(f"routes has entries from {least} to {largest}; they must be from 0 to {regions - 1}, regions")

@@ -86,9 +86,17 @@ def run_with_gradients(
 
 
 def assert_matches_definition(
-    run: Callable[..., Tensor], dense: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype
+    run: Callable[..., Tensor],
+    dense: Callable[..., Tensor],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    score: float = 0.0,
 ) -> None:
-    """Hold output and gradients of `run(**tensors)` against the dense formula in the same dtype and in float64."""
+    """Hold output and gradients of `run(**tensors)` against the dense formula in the same dtype and in float64.
+
+    Args:
+        score: see :func:`assert_as_accurate`.
+    """
     actual = run_with_gradients(run, tensors, tensors)
     baseline = run_with_gradients(dense, tensors, tensors)
     doubles = {name: tensor.double() for name, tensor in tensors.items()}
@@ -96,7 +104,7 @@ def assert_matches_definition(
     exact = run_with_gradients(lambda **leaves: dense(**leaves).to(dtype), doubles, doubles)
     exact["output"] = dense(**doubles)
     for name, tensor in actual.items():
-        assert_as_accurate(name, tensor, baseline[name], exact[name])
+        assert_as_accurate(name, tensor, baseline[name], exact[name], score)
 
 
 def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -21,6 +21,7 @@ from vicinal.kernels import (
     gated_positional_attention,
     halo_attention,
     neighborhood_attention,
+    routed_attention,
     window_attention,
 )
 
@@ -123,6 +124,26 @@ def expand_over_queries(bias: Tensor | None, query: Tensor) -> Tensor | None:
     return None if bias is None else bias.expand(query.shape[0], query.shape[1], query.shape[2], -1, -1)
 
 
+@dataclass(frozen=True)
+class RoutedCall(Call):
+    """A map is its regions and their tokens; each sees itself and its mirror image. The bias is added to the output."""
+
+    def routes(self, query: Tensor) -> Tensor:
+        # numbers of the regions from a running sum: sizes of a torch.fx proxy are no numbers
+        number = query.new_ones(query.shape[:2], dtype=torch.int64).cumsum(1) - 1
+        return torch.stack((number, number.flip([1])), -1)
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        output = self.function(query, key, value, self.routes(query))
+        return output if bias is None else output + bias.to(output.dtype)
+
+    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
+        return (query, key, value, self.routes(query), None)
+
+    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
+        return [query, key, value]
+
+
 CALLS = {
     "window": Call(
         window_attention,
@@ -147,6 +168,7 @@ CALLS = {
     ),
     "aggregated": AggregatedCall(aggregated_attention, {"window_size": 3}, (3,), (9,), keys=9 + 4),
     "gated": GatedCall(gated_positional_attention, {}, (), (3,), keys=64),
+    "routed": RoutedCall(routed_attention, {}, (), (8,), keys=16),
     "halo": HaloCall(halo_attention, {"block_size": 4, "halo_size": 1}, (4, 1), (6,), keys=36),
 }
 
