@@ -98,7 +98,8 @@ def compile_launch(started: launch.Launch, architecture: str) -> Resources:
 def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
     """Type of an argument in Triton's signature, by the rules of its runtime: ones and None become constants."""
     if isinstance(value, tuple):
-        return tuple(_specialize(item, (*path, index), constants, attributes) for index, item in enumerate(value))
+        parts = [_specialize(item, (*path, index), constants, attributes) for index, item in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"

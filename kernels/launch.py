@@ -163,9 +163,10 @@ def record(architecture: str) -> Iterator[list[Launch]]:
 
 
 def submit(kernel: Any, programs: int, parameters: Parameters, **arguments: Any) -> None:
-    """Start a kernel on the current stream of the device of its tensor `query`."""
+    """Start a kernel on the current stream of the device of its argument `query`, a tensor or a tuple led by one."""
     if _recording:
         _recording.launches.append(Launch(kernel, programs, parameters, arguments))
         return
-    with torch.cuda.device_of(arguments["query"]):
+    query = arguments["query"]
+    with torch.cuda.device_of(query[0] if isinstance(query, tuple) else query):
         kernel[(programs,)](**arguments, num_warps=parameters.warps, num_stages=parameters.stages)
