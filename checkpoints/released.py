@@ -199,4 +199,6 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_halonet("sehalonet33ts", "ra2_in1k", 80.976),
     **_halonet("eca_halonext26ts", "c1_in1k", 79.518),
     **_halonet("haloregnetz_b", "ra3_in1k", 81.058),
+    **_halonet("halo2botnet50ts_256", "a1h_in1k", 82.084),
+    **_halonet("lamhalobotnet50ts_256", "a1h_in1k", 81.552),
 }

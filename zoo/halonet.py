@@ -1,15 +1,18 @@
 """HaloNet: residual networks with halo attention in place of some or all of their 3 x 3 convolutions.
 
+timm's hybrids mix it with lambda layers (arXiv:2102.08602) and bottleneck attention (arXiv:2101.11605).
+
 Paper: Scaling Local Self-Attention for Parameter Efficient Visual Backbones (arXiv:2103.12731). Its authors released
 neither code nor weights. ``halonet_h0`` to ``halonet_h7`` follow the paper's table; timm's networks (``byoanet``) are
 built from timm's configurations. timm's ``halonet_h1``, with 8 heads in every stage, is ``halonet_h1_vicinal`` here;
 the paper's, with 4 in the first, is ``halonet_h1_paper``.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Union
 
 from timm.layers import ClassifierHead
 from timm.models import named_apply
@@ -22,10 +25,12 @@ from timm.models.byobnet import (
     SelfAttnBlock,
     _init_weights,
     expand_blocks_cfg,
+    interleave_blocks,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
+from .blocks.bottleneck import BottleneckAttention, resize_relative_table
 from .blocks.halo import HaloAttention
 from .names import Variant, default_cfgs_of, register_variants
 
@@ -47,12 +52,14 @@ class HaloBlock(SelfAttnBlock):
 
 
 class HaloNet(Backbone):
-    """A network of timm's bring-your-own-blocks kind whose halo attention takes maps of any size.
+    """A network of timm's bring-your-own-blocks kind whose attention takes maps of any size.
 
     Args:
         cfg: blocks, stem and layers, as timm configures them.
         mask_padding: cells outside the map get no weight in halo attention. Otherwise they are zero keys that take
             part in the softmax, as in timm.
+        img_size: size of the images that the position tables of bottleneck attention are for; images of another size
+            resize them. Networks without it have no such tables.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
@@ -64,6 +71,7 @@ class HaloNet(Backbone):
         num_classes: int = 1000,
         global_pool: str = "avg",
         mask_padding: bool = False,
+        img_size: Union[int, Sequence[int]] = 256,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -71,7 +79,7 @@ class HaloNet(Backbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         cfg = _with_our_attention(cfg, mask_padding)
-        parts = ByobNet(cfg, num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate, **dd)
+        parts = ByobNet(cfg, num_classes=0, in_chans=in_chans, img_size=img_size, drop_path_rate=drop_path_rate, **dd)
         firsts = [stage[0] for stage in cfg.blocks]
         strides = [block.s for block in firsts]
         total = parts.feature_info[-1]["reduction"]
@@ -98,13 +106,27 @@ class HaloNet(Backbone):
             module.reset_parameters()
         _init_weights(module, name, zero_init_last=True)
 
+    def adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """As :meth:`Backbone.adapt_state_dict`; tables of bottleneck attention for another image size are resized."""
+        state_dict = super().adapt_state_dict(state_dict)
+        for name, module in self.named_modules():
+            if isinstance(module, BottleneckAttention):
+                for axis, table in module.pos_embed.named_parameters():
+                    _resize_entry(state_dict, f"{name}.pos_embed.{axis}", len(table) // 2 + 1)
+        return state_dict
+
+
+def _resize_entry(state_dict: dict[str, Tensor], key: str, size: int) -> None:
+    if key in state_dict:
+        state_dict[key] = resize_relative_table(state_dict[key].float(), size).to(state_dict[key].dtype)
+
 
 def _with_our_attention(cfg: ByoModelCfg, mask_padding: bool) -> ByoModelCfg:
-    """The same network with one configuration for each block, and our module where timm's says "halo"."""
-    attention = partial(HaloAttention, mask_padding=mask_padding)
+    """The same network with one configuration for each block, and our modules where timm's are named."""
+    ours = {"halo": partial(HaloAttention, mask_padding=mask_padding), "bottleneck": partial(BottleneckAttention)}
 
     def swap(part: Any) -> Any:
-        return replace(part, self_attn_layer=attention) if part.self_attn_layer == "halo" else part
+        return replace(part, self_attn_layer=ours.get(part.self_attn_layer, part.self_attn_layer))
 
     stages = tuple(tuple(swap(block) for block in expand_blocks_cfg(stage)) for stage in cfg.blocks)
     return replace(swap(cfg), blocks=stages)
@@ -152,6 +174,7 @@ def _paper(
     return Variant({"cfg": cfg}, {"input_size": (3, img_size, img_size), "pool_size": (-(-img_size // 32),) * 2})
 
 
+_PICO_HALO = {"block_size": 4, "halo_size": 1, "num_heads": 4}
 _PICO = ByoModelCfg(
     blocks=(
         ByoBlockCfg("bottle", d=1, c=32, s=1, br=0.5),
@@ -165,27 +188,46 @@ _PICO = ByoModelCfg(
     act_layer="silu",
     attn_layer="se",
     self_attn_layer="halo",
-    self_attn_kwargs={"block_size": 4, "halo_size": 1, "num_heads": 4},
+    self_attn_kwargs=_PICO_HALO,
 )
 
 
 def _timm(name: str, size: int = 256, crop_pct: float = 0.94, **cfg: Any) -> Variant:
     return Variant(
-        {"cfg": TIMM_CFGS[name]},
+        {"cfg": TIMM_CFGS[name.removesuffix("_256")]},
         {"input_size": (3, size, size), "pool_size": (size // 32,) * 2, "crop_pct": crop_pct, **cfg},
     )
 
+
+_HYBRID_PICO = ByoModelCfg(
+    blocks=(
+        ByoBlockCfg("bottle", d=1, c=32, s=1, br=0.5),
+        interleave_blocks(
+            ("bottle", "self_attn"), d=2, c=64, s=2, br=0.5, self_attn_layer="lambda", self_attn_kwargs={"r": 5}
+        ),
+        ByoBlockCfg("self_attn", d=1, c=128, s=2, br=0.5, self_attn_layer="halo", self_attn_kwargs=_PICO_HALO),
+        ByoBlockCfg("self_attn", d=2, c=192, s=2, br=0.5, self_attn_layer="bottleneck", self_attn_kwargs={}),
+    ),
+    stem_type="tiered",
+    stem_pool="",
+    act_layer="silu",
+)
 
 _HALF = (0.5, 0.5, 0.5)
 
 VARIANTS = {
     "halonet_pico": Variant({"cfg": _PICO}, {"input_size": (3, 64, 64), "pool_size": (2, 2), "crop_pct": 1.0}),
+    "lamhalobotnet_pico": Variant(
+        {"cfg": _HYBRID_PICO, "img_size": 64}, {"input_size": (3, 64, 64), "pool_size": (2, 2), "crop_pct": 1.0}
+    ),
     "halonet26t": _timm("halonet26t", crop_pct=0.95),
     "halonet50ts": _timm("halonet50ts"),
     "sehalonet33ts": _timm("sehalonet33ts"),
     "eca_halonext26ts": _timm("eca_halonext26ts"),
     "haloregnetz_b": _timm("haloregnetz_b", 224, mean=_HALF, std=_HALF, first_conv="stem.conv"),
     "halonet_h1": _timm("halonet_h1", crop_pct=0.95),
+    "halo2botnet50ts_256": _timm("halo2botnet50ts_256", crop_pct=0.95),
+    "lamhalobotnet50ts_256": _timm("lamhalobotnet50ts_256", crop_pct=0.95),
     "halonet_h0": _paper(8, 3, 1, 0.5, 7, 256),
     "halonet_h1_paper": _paper(8, 3, 1, 1, 10, 256),
     "halonet_h2": _paper(8, 3, 1, 1.25, 11, 256),

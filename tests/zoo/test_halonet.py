@@ -1,12 +1,16 @@
 """HaloNet against timm's networks on the same weights, and what is particular to it: masks, a final convolution."""
 
+import re
+
 import pytest
 import timm
 import torch
 from golden import Golden, list_golden
+from timm.layers.bottleneck_attn import BottleneckAttn as TimmBottleneckAttention
 
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
+from vicinal.zoo.blocks.bottleneck import BottleneckAttention
 from vicinal.zoo.blocks.halo import HaloAttention
 
 
@@ -105,3 +109,55 @@ def test_the_papers_h1_is_timms_but_for_the_heads_of_the_first_stage():
     tables = {f"{block}.self_attn.pos_embed.{axis}_rel" for block in range(3) for axis in ("height", "width")}
     assert list(ours) == list(theirs)
     assert differing == {f"stages.0.blocks.{table}" for table in tables}
+
+
+@pytest.mark.parametrize(("stride", "dim_head"), [(1, None), (2, None), (1, 12)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_bottleneck_attention_is_timms(stride: int, dim_head: int | None, fused: bool):
+    torch.manual_seed(0)
+    arguments = {"dim": 24, "dim_out": 32, "feat_size": (6, 10), "stride": stride, "num_heads": 4, "dim_head": dim_head}
+    ours, theirs = BottleneckAttention(**arguments), TimmBottleneckAttention(**arguments)
+    ours.load_state_dict(theirs.state_dict())
+    ours.fused_attn = fused
+    batch = image(2, 24, 6, 10).requires_grad_()
+    inputs = [batch, *ours.parameters()]
+    actual, expected = ours(batch), theirs(batch)
+    # sums of some fifty products of order one: float32 rounds to 1e-7 of them, gradients add over two hundred tokens
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(actual.square().sum(), inputs)
+    for gradient, reference in zip(
+        gradients, torch.autograd.grad(expected.square().sum(), [batch, *theirs.parameters()]), strict=True
+    ):
+        assert (gradient - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+def test_bottleneck_attention_of_a_size_without_map_is_refused():
+    with pytest.raises(ValueError, match=r"feat_size=\(0, 0\) must be at least 1 x 1; use a larger img_size"):
+        timm.create_model("halo2botnet50ts_256_vicinal", img_size=16, device="meta")
+
+
+def test_position_tables_belong_to_one_image_size_and_are_resized_to_others():
+    golden = next(golden for golden in list_golden("halonet") if golden.variant == "halo2botnet50ts_256")
+    state_dict = convert(golden.name, golden.state_dict())
+    wide = timm.create_model(golden.name, num_classes=1000, img_size=(256, 512)).eval()
+    wide.load_state_dict(wide.adapt_state_dict(state_dict))
+    assert wide.state_dict()["stages.3.blocks.1.self_attn.pos_embed.width_rel"].shape == (31, 128)
+    native = timm.create_model(golden.name).eval()
+    native.load_state_dict(state_dict)
+    theirs = timm.create_model("halo2botnet50ts_256", img_size=(256, 512)).eval()
+    theirs.load_state_dict({re.sub(r"^(stages.\d).blocks", r"\1", key): x for key, x in wide.state_dict().items()})
+    batch = image(1, 3, 256, 512)
+    with torch.no_grad():
+        expected = theirs(batch)
+        for model in (wide, native):
+            assert (model(batch) - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["halo2botnet50ts_256_vicinal", "lamhalobotnet50ts_256_vicinal"])
+@pytest.mark.parametrize("size", [(64, 64), (233, 271), (320, 256)])
+def test_hybrids_take_any_size(name: str, size: tuple[int, int]):
+    model = timm.create_model(name, num_classes=5)
+    logits, features = model(image(2, 3, *size)), model.forward_features(image(1, 3, *size))
+    logits.square().sum().backward()
+    assert features.shape[2:] == tuple(-(-side // 32) for side in size)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -29,6 +29,7 @@ SMALL = [
     "maxvit_pico",
     "transnext_pico",
     "halonet_pico",
+    "lamhalobotnet_pico",
 ]
 TESTS_PER_MODEL = 18
 

@@ -14,11 +14,11 @@ from .padding import crop, pad_by_edge, pad_to_multiple
 class RelativeTables(nn.Module):
     """Embeddings of the distances between a query and a key, (2 * window - 1, head_dim) for each axis."""
 
-    def __init__(self, window_size: int, head_dim: int, device=None, dtype=None) -> None:
+    def __init__(self, window_size: Tuple[int, int], head_dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        table = (2 * window_size - 1, head_dim)
-        self.height_rel = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
-        self.width_rel = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        dd = {"device": device, "dtype": dtype}
+        self.height_rel = nn.Parameter(torch.empty(2 * window_size[0] - 1, head_dim, **dd))
+        self.width_rel = nn.Parameter(torch.empty(2 * window_size[1] - 1, head_dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,7 +92,7 @@ class HaloAttention(nn.Module):
         dim_qk = num_heads * self.head_dim
         self.q = nn.Conv2d(dim, dim_qk, 1, stride=self.query_stride, bias=False, **dd)
         self.kv = nn.Conv2d(dim, dim_qk + dim_out, 1, bias=False, **dd)
-        self.pos_embed = RelativeTables(self.window_size, self.head_dim, **dd)
+        self.pos_embed = RelativeTables((self.window_size, self.window_size), self.head_dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
