@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,8 @@ class Case:
     """One call whose forward and backward are compiled.
 
     Attributes:
-        operator: "window_attention" or "neighborhood_attention".
-        window: side of a window, or size of a kernel.
+        operator: "window_attention", "neighborhood_attention" or "halo_attention".
+        window: side of a window, size of a kernel, or side of a block with a halo of half of it.
         rank: spatial axes of the map.
         deterministic: compile the form for torch.use_deterministic_algorithms.
     """
@@ -146,6 +147,7 @@ CASES = (
     Case("neighborhood_attention", 7, deterministic=True),
     Case("neighborhood_attention", 13, rank=1),
     Case("neighborhood_attention", 3, rank=3),
+    Case("halo_attention", 8),
 )
 HEAD_DIMS = (32, 64)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -153,27 +155,34 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def record_case(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> dict[str, launch.Launch]:
     """The launches of a forward and a backward with all gradients, by name of the kernel; nothing is computed."""
-    from ..kernels.neighborhood import fused as neighborhood
-    from ..kernels.window import fused as window
-
-    extent = {1: 4096, 2: 8 * case.window, 3: 16}[case.rank]
-    shape = (8, *(extent,) * case.rank, 3, 4, head_dim)
-    inputs = torch.empty(shape, dtype=dtype, device="meta").unbind(-3)
-    table = torch.empty(4, *(2 * case.window - 1,) * case.rank, device="meta")
+    module = import_module(f"..kernels.{case.operator.removesuffix('_attention')}.fused", __package__)
+    inputs, options = _arguments(case, head_dim, dtype)
+    differentiable = len(inputs) + sum(isinstance(option, Tensor) for option in options)
     grad_output = torch.empty(inputs[0].shape, dtype=dtype, device="meta")
-    if case.operator == "window_attention":
-        module, options = window, ([case.window], "block", [case.window // 2], table, None)
-    else:
-        module, options = neighborhood, ([case.window], [1], [2], [False], table, None)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(case.deterministic)
     try:
         with launch.record(architecture) as launches:
             output, logsumexp = module.forward(*inputs, *options)
-            module.backward(grad_output, output, logsumexp, [True] * 4, *inputs, *options)
+            module.backward(grad_output, output, logsumexp, [True] * differentiable, *inputs, *options)
     finally:
         torch.use_deterministic_algorithms(before)
     return {started.kernel.__name__.removesuffix("_kernel"): started for started in launches}
+
+
+def _arguments(case: Case, head_dim: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Any]]:
+    """Query, key and value, views of a packed projection, and the other arguments, with every bias."""
+    extent = {1: 4096, 2: 8 * case.window, 3: 16}[case.rank]
+    shape = (8, *(extent,) * case.rank, 3, 4, head_dim)
+    inputs = torch.empty(shape, dtype=dtype, device="meta").unbind(-3)
+    table = torch.empty(4, *(2 * case.window - 1,) * case.rank, device="meta")
+    if case.operator == "window_attention":
+        return inputs, ([case.window], "block", [case.window // 2], table, None)
+    if case.operator == "neighborhood_attention":
+        return inputs, ([case.window], [1], [2], [False], table, None)
+    halo = (case.window - 1) // 2
+    logits = [torch.empty(*inputs[0].shape[:-1], case.window + 2 * halo, dtype=dtype, device="meta") for _ in range(2)]
+    return inputs, (case.window, halo, *logits, False, None)
 
 
 HEADER = """# What the Triton kernels take of a multiprocessor

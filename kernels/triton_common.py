@@ -225,6 +225,7 @@ class Call:
     ) -> None:
         self.operator, self.query, self.axes = operator, query, axes
         self.batch, *spatial, self.heads, self.head_dim = query.shape
+        self.value_dim = value.shape[-1]
         self.size = self.leading(spatial, 1)
         self.arguments = {
             "query": self.tokens(query),
@@ -234,6 +235,8 @@ class Call:
             "scale": float(self.head_dim**-0.5 if scale is None else scale),
             "HEAD_DIM": self.head_dim,
             "CHANNELS": padded_channels(self.head_dim),
+            "VALUE_DIM": self.value_dim,
+            "VALUE_CHANNELS": padded_channels(self.value_dim),
             "PRECISION": precision(query.dtype),
         }
 
@@ -248,8 +251,9 @@ class Call:
 
     def outputs(self) -> dict[str, Tensor]:
         """Space for the output and the logsumexp of the forward."""
-        logsumexp = self.query.new_empty(self.query.shape[:-1], dtype=torch.float32)
-        return {"output": self.query.new_empty(self.query.shape), "logsumexp": logsumexp}
+        shape = self.query.shape[:-1]
+        output = self.query.new_empty((*shape, self.value_dim))
+        return {"output": output, "logsumexp": self.query.new_empty(shape, dtype=torch.float32)}
 
     def start_backward(
         self, grad_output: Tensor, output: Tensor, logsumexp: Tensor, needs_gradient: Sequence[bool]
@@ -271,7 +275,8 @@ class Call:
         return gradients
 
     def parameters(self, kernel: str) -> Parameters:
-        return launch_parameters(f"{self.operator}_{kernel}", self.query, padded_channels(self.head_dim))
+        widest = padded_channels(max(self.head_dim, self.value_dim))
+        return launch_parameters(f"{self.operator}_{kernel}", self.query, widest)
 
     def submit(self, kernel: Any, programs: int, parameters: Parameters, **arguments: Any) -> None:
         """Start a kernel; of the arguments that all kernels share it gets those that it takes."""

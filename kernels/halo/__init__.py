@@ -20,6 +20,7 @@ _OPERATOR = Operator(
     reference=reference.halo_attention,
     tiled=tiled,
     keys_per_query=lambda query, key, value, block, halo, *_: (block + 2 * halo) ** 2,
+    fused=f"{__name__}.fused",
 )
 
 
