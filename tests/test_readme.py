@@ -23,3 +23,4 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     printed = capsys.readouterr().out
     assert "[(1, 96, 64, 80), (1, 192, 32, 40), (1, 384, 16, 20), (1, 768, 8, 10)]" in printed
     assert "neighborhood_attention: tiled" in printed
+    assert "\nwindow_attention\n" in printed

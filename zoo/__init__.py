@@ -2,6 +2,7 @@
 
 from timm import create_model, list_models
 
+from .accelerate import accelerate
 from .convit import ConViT
 from .davit import DaViT
 from .halonet import HaloNet
@@ -21,6 +22,7 @@ __all__ = [
     "NeighborhoodTransformer",
     "SHViT",
     "TransNeXt",
+    "accelerate",
     "create_model",
     "list_models",
 ]

@@ -106,7 +106,9 @@ class HaloAttention(nn.Module):
         query = self.q(x).permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, self.head_dim])
         keys_and_values = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, -1])
         key, value = keys_and_values[..., : self.head_dim], keys_and_values[..., self.head_dim :]
-        rows, columns = self.relative_logits(query)
+        rows, columns = relative_logits(
+            query, self.pos_embed.height_rel, self.pos_embed.width_rel, self.query_block, self.window_size
+        )
         if self.mask_padding:
             rows = rows + self.mask(query.shape[1], height, rows)[:, None, None, :]
             columns = columns + self.mask(query.shape[2], width, columns)[:, None, :]
@@ -115,24 +117,6 @@ class HaloAttention(nn.Module):
         # in the form of a strided convolution's output, which torch.export knows to be equal to the shortcut's
         x = crop(x, (height - 1) // step + 1, (width - 1) // step + 1).permute(0, 3, 1, 2)
         return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
-
-    def relative_logits(self, query: Tensor) -> Tuple[Tensor, Tensor]:
-        """Products of queries with the embeddings of each row and column of the window, (B, H, W, heads, window)."""
-        rows = self.pos_embed.height_rel[self.offsets(query.shape[1], query)]  # (H, window, head_dim)
-        columns = self.pos_embed.width_rel[self.offsets(query.shape[2], query)]
-        exporting = False
-        if not torch.jit.is_scripting():
-            exporting = torch.compiler.is_exporting()
-        if exporting:
-            # slower, with heads before the free axis: torch.export can split a constant off a product, not a symbol
-            rows = torch.einsum("byxhd,ykd->byhxk", query, rows).transpose(2, 3).contiguous()
-            columns = torch.einsum("byxhd,xkd->bxhyk", query, columns).permute(0, 3, 1, 2, 4).contiguous()
-            return rows, columns
-        return torch.einsum("byxhd,ykd->byxhk", query, rows), torch.einsum("byxhd,xkd->byxhk", query, columns)
-
-    def offsets(self, queries: int, like: Tensor) -> Tensor:
-        """Entry of the table for each query of an axis and cell of its window, (queries, window)."""
-        return _offsets(queries, self.query_block, self.window_size, like)
 
     def mask(self, queries: int, size: int, like: Tensor) -> Tensor:
         """0 for cells inside the map and -inf outside, (queries of the axis, window)."""
@@ -154,8 +138,33 @@ class HaloAttention(nn.Module):
         )
 
 
+def relative_logits(
+    query: Tensor, height_rel: Tensor, width_rel: Tensor, query_block: int, window_size: int
+) -> Tuple[Tensor, Tensor]:
+    """Products of queries with the embeddings of each row and column of the window, (B, H, W, heads, window).
+
+    Args:
+        query: (B, H, W, heads, head_dim), unscaled.
+        height_rel, width_rel: :class:`RelativeTables`.
+        query_block: queries of a block per axis.
+        window_size: tokens of a window per axis.
+    """
+    rows = height_rel[_offsets(query.shape[1], query_block, window_size, query)]  # (H, window, head_dim)
+    columns = width_rel[_offsets(query.shape[2], query_block, window_size, query)]
+    exporting = False
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    if exporting:
+        # slower, with heads before the free axis: torch.export can split a constant off a product, not a symbol
+        rows = torch.einsum("byxhd,ykd->byhxk", query, rows).transpose(2, 3).contiguous()
+        columns = torch.einsum("byxhd,xkd->bxhyk", query, columns).permute(0, 3, 1, 2, 4).contiguous()
+        return rows, columns
+    return torch.einsum("byxhd,ykd->byxhk", query, rows), torch.einsum("byxhd,xkd->byxhk", query, columns)
+
+
 @register_notrace_function
 def _offsets(queries: int, query_block: int, window: int, like: Tensor) -> Tensor:
+    """Entry of the table for each query of an axis and cell of its window, (queries, window)."""
     position = torch.arange(queries, device=like.device) % query_block
     return torch.arange(window, device=like.device) - position[:, None] + window - 1
 
