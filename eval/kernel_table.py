@@ -4,13 +4,13 @@
 for all of them, in about two minutes each.
 """
 
+import importlib
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,13 @@ ARCHITECTURES = {
 }
 REGISTERS = 65536
 RESERVED_SHARED = 1024
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 TENSOR_CORES = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
 
 
@@ -127,8 +133,8 @@ class Case:
     """One call whose forward and backward are compiled.
 
     Attributes:
-        operator: "window_attention", "neighborhood_attention" or "halo_attention".
-        window: side of a window, size of a kernel, or side of a block with a halo of half of it.
+        operator: a key of ARGUMENTS.
+        window: side of a window or a region, size of a kernel, or side of a block with a halo of half of it.
         rank: spatial axes of the map.
         deterministic: compile the form for torch.use_deterministic_algorithms.
     """
@@ -148,6 +154,9 @@ CASES = (
     Case("neighborhood_attention", 13, rank=1),
     Case("neighborhood_attention", 3, rank=3),
     Case("halo_attention", 8),
+    Case("aggregated_attention", 3),
+    Case("routed_attention", 8),
+    Case("routed_attention", 2),
 )
 HEAD_DIMS = (32, 64)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -155,34 +164,75 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def record_case(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> dict[str, launch.Launch]:
     """The launches of a forward and a backward with all gradients, by name of the kernel; nothing is computed."""
-    module = import_module(f"..kernels.{case.operator.removesuffix('_attention')}.fused", __package__)
-    inputs, options = _arguments(case, head_dim, dtype)
-    differentiable = len(inputs) + sum(isinstance(option, Tensor) for option in options)
-    grad_output = torch.empty(inputs[0].shape, dtype=dtype, device="meta")
+    folder = case.operator.removesuffix("_attention")
+    module = importlib.import_module(f"..kernels.{folder}.fused", __package__)
+    arguments = ARGUMENTS[case.operator](case, head_dim, dtype)
+    gradients = [True for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
+    grad_output = torch.empty(arguments[0].shape, dtype=dtype, device="meta")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(case.deterministic)
     try:
         with launch.record(architecture) as launches:
-            output, logsumexp = module.forward(*inputs, *options)
-            module.backward(grad_output, output, logsumexp, [True] * differentiable, *inputs, *options)
+            output, logsumexp = module.forward(*arguments)
+            module.backward(grad_output, output, logsumexp, gradients, *arguments)
     finally:
         torch.use_deterministic_algorithms(before)
     return {started.kernel.__name__.removesuffix("_kernel"): started for started in launches}
 
 
-def _arguments(case: Case, head_dim: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Any]]:
-    """Query, key and value, views of a packed projection, and the other arguments, with every bias."""
+def _packed(case: Case, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Query, key and value of a map, as views of a packed projection."""
     extent = {1: 4096, 2: 8 * case.window, 3: 16}[case.rank]
-    shape = (8, *(extent,) * case.rank, 3, 4, head_dim)
-    inputs = torch.empty(shape, dtype=dtype, device="meta").unbind(-3)
-    table = torch.empty(4, *(2 * case.window - 1,) * case.rank, device="meta")
-    if case.operator == "window_attention":
-        return inputs, ([case.window], "block", [case.window // 2], table, None)
-    if case.operator == "neighborhood_attention":
-        return inputs, ([case.window], [1], [2], [False], table, None)
+    return torch.empty((8, *(extent,) * case.rank, 3, 4, head_dim), dtype=dtype, device="meta").unbind(-3)
+
+
+def _table(case: Case) -> Tensor:
+    return torch.empty(4, *(2 * case.window - 1,) * case.rank, device="meta")
+
+
+def _window(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
+    options = ([case.window], "block", [case.window // 2], _table(case), None)
+    return *_packed(case, head_dim, dtype), *options
+
+
+def _neighborhood(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
+    options = ([case.window], [1], [2], [False], _table(case), None)
+    return *_packed(case, head_dim, dtype), *options
+
+
+def _halo(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
+    query, key, value = _packed(case, head_dim, dtype)
     halo = (case.window - 1) // 2
-    logits = [torch.empty(*inputs[0].shape[:-1], case.window + 2 * halo, dtype=dtype, device="meta") for _ in range(2)]
-    return inputs, (case.window, halo, *logits, False, None)
+    logits = [torch.empty(*query.shape[:-1], case.window + 2 * halo, dtype=dtype, device="meta") for _ in range(2)]
+    return query, key, value, case.window, halo, *logits, False, None
+
+
+def _aggregated(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
+    """49 pooled tokens, all biases and value weights."""
+    query, key, value = _packed(case, head_dim, dtype)
+    pooled = torch.empty(8, 49, 2, 4, head_dim, dtype=dtype, device="meta").unbind(2)
+    biases = (
+        torch.empty(4, case.window**2, device="meta"),
+        torch.empty(4, query[0, :, :, 0, 0].numel(), 49, device="meta"),
+    )
+    weights = torch.empty(*query.shape[:-1], case.window**2, dtype=dtype, device="meta")
+    return query, key, value, *pooled, case.window, *biases, weights, 1.0
+
+
+def _routed(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
+    """49 regions of window x window tokens, each routed to four."""
+    tokens = torch.empty(8, 49, case.window**2, 3, 4, head_dim, dtype=dtype, device="meta").unbind(-3)
+    return *tokens, torch.empty(8, 49, 4, dtype=torch.int64, device="meta"), None
+
+
+ARGUMENTS = {
+    "window_attention": _window,
+    "neighborhood_attention": _neighborhood,
+    "halo_attention": _halo,
+    "aggregated_attention": _aggregated,
+    "routed_attention": _routed,
+}
+"""Of a call of each operator: functions of case, head_dim and dtype."""
 
 
 HEADER = """# What the Triton kernels take of a multiprocessor
@@ -195,7 +245,7 @@ share of the multiprocessor's warps that registers and shared memory let be resi
 | registers | spilled | shared | tensor-core instructions | occupancy, % |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
-DOCUMENTED_CASES = tuple(case for case in CASES if case.rank == 2 and case.window != 4)
+DOCUMENTED_CASES = tuple(case for case in CASES if case.rank == 2 and case.window not in (2, 4))
 
 
 def table_rows(architecture: str) -> Iterator[str]:

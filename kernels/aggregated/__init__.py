@@ -30,6 +30,7 @@ _OPERATOR = Operator(
     check=checks.check_aggregated_attention,
     reference=reference.aggregated_attention,
     tiled=tiled,
+    fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, pooled_key, pooled_value, window_size, *_: (
         window_size**2 + prod(pooled_key[1:-2])
     ),

@@ -18,6 +18,7 @@ _OPERATOR = Operator(
     check=checks.check_routed_attention,
     reference=reference.routed_attention,
     tiled=tiled,
+    fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, routes, *_: routes[-1] * key[2],
 )
 

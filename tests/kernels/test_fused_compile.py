@@ -14,7 +14,7 @@ from vicinal.eval.kernel_table import (
     record_case,
 )
 
-LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}}
+LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}, "aggregated_attention": {"backward_key"}}
 """Kernels without matrix products: they sum offset by offset."""
 
 
