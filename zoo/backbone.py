@@ -95,9 +95,13 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to the last map, normed and unpooled, in ``output_fmt``."""
-        x = self.stem(x)
+        x = self._embed(x)
         x = self.stages(x)
         return self.norm(x)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """The stem's map, of an image whose channels lie together, as depthwise convolutions and norms want them."""
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map to logits (B, num_classes), or to the pooled features with ``pre_logits``."""
@@ -132,7 +136,7 @@ class Backbone(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last_index = len(self.stages) - 1
         intermediates = []
-        x = first = self.stem(x)
+        x = first = self._embed(x)
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 (TorchScript cannot slice a Sequential)
             stages = self.stages
         else:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .blocks.activation import GELU
 from .blocks.attention import WindowAttention
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import DepthwiseMlp
@@ -212,7 +213,7 @@ class DeformableMerging(nn.Module):
         self.offset = OffsetConv(in_chans, **dd)
         self.conv = nn.Conv2d(in_chans, out_chans, 2, 2, **dd)
         self.norm = nn.BatchNorm2d(out_chans, **dd)
-        self.act = nn.GELU()
+        self.act = GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .blocks.activation import GELUTanh
 from .blocks.attention import WindowAttention
 from .blocks.padding import pad_by_edge, pad_same
 from .blocks.transformer import TransformerBlock
@@ -31,8 +32,7 @@ from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["MaxViT", "checkpoint_filter_fn"]
 
-_ACT = "gelu_tanh"
-_norm_act = partial(BatchNormAct2d, eps=1e-3, act_layer=_ACT)
+_norm_act = partial(BatchNormAct2d, eps=1e-3, act_layer=GELUTanh)
 
 
 class SameConv2d(nn.Conv2d):
@@ -149,7 +149,7 @@ class MaxViT(Backbone):
         def attention_block(dim: int, partition: str, drop_path: float) -> TransformerBlock:
             drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
             attn = WindowAttention(dim, dim // 32, window, partition=partition, **drops, **dd)
-            return TransformerBlock(dim, attn, proj_drop=proj_drop_rate, drop_path=drop_path, act_layer=_ACT, **dd)
+            return TransformerBlock(dim, attn, proj_drop=proj_drop_rate, drop_path=drop_path, act_layer=GELUTanh, **dd)
 
         def block(stage: int, index: int) -> nn.Sequential:
             dim, drop_path = embed_dims[stage], drop_paths[stage][index]

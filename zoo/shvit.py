@@ -105,10 +105,10 @@ class SingleHeadAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         attending, rest = x.split(self.splits, dim=1)
         size = [x.shape[2], x.shape[3]]
-        query, key, value = self.qkv(self.pre_norm(attending)).flatten(2).split(self.qkv_splits, dim=1)
-        # keys by queries, so that values multiply from the left without a transposition
-        weights = (key.transpose(1, 2) @ (query * self.scale)).softmax(dim=1)
-        attended = (value @ weights).unflatten(2, size)
+        tokens = self.qkv(self.pre_norm(attending)).flatten(2).transpose(1, 2)
+        query, key, value = tokens.split(self.qkv_splits, dim=2)
+        weights = (query * self.scale @ key.transpose(1, 2)).softmax(dim=2)
+        attended = (weights @ value).transpose(1, 2).unflatten(2, size)
         return self.proj(torch.cat([attended, rest], dim=1))
 
 

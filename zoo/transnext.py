@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ..kernels import aggregated_attention
 from ..kernels.aggregated import aggregate, aggregated_attention_weights
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .blocks.activation import gelu
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import ConvGluMlp
 from .blocks.pooling import pool_average, pooled_size
@@ -172,7 +173,7 @@ class AggregatedAttention(LengthScaledAttention):
 
     def pool(self, x: Tensor) -> Tensor:
         """Pooled map (B, H // reduction, W // reduction, dim)."""
-        x = F.gelu(self.pool_proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        x = gelu(self.pool_proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         return self.pool_norm(pool_average(x, self.reduction))
 
     def attend(

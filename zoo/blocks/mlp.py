@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .activation import gelu
+
 
 class DepthwiseConv(nn.Conv2d):
     """Depthwise 3 x 3 convolution of a channels-last map (B, H, W, C), initialised for the outputs that it feeds."""
@@ -48,7 +50,7 @@ class DepthwiseMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.dwconv(self.fc1(x))))))
+        return self.drop(self.fc2(self.drop(gelu(self.dwconv(self.fc1(x))))))
 
 
 class ConvGluMlp(nn.Module):
@@ -76,5 +78,5 @@ class ConvGluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, x = torch.chunk(self.fc1(x), 2, dim=-1)
-        x = F.gelu(self.dwconv(gate)) * x
+        x = gelu(self.dwconv(gate)) * x
         return self.drop(self.fc2(self.drop(x)))

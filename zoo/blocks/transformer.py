@@ -3,9 +3,10 @@
 from functools import partial
 from typing import Callable, Optional
 
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, get_act_layer
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
+from .activation import GELU
 from .position import ConvPositionEncoding
 
 
@@ -21,7 +22,7 @@ class TransformerBlock(nn.Module):
         proj_drop: dropout inside the MLP.
         drop_path: rate of stochastic depth.
         norm_eps: of both norms.
-        act_layer: timm's name of the MLP's activation.
+        act_layer: class of the MLP's activation.
         mlp: feed-forward network on such maps, in place of the linear one that the other options describe.
     """
 
@@ -35,7 +36,7 @@ class TransformerBlock(nn.Module):
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
-        act_layer: str = "gelu",
+        act_layer: type[nn.Module] = GELU,
         mlp: Optional[nn.Module] = None,
         device=None,
         dtype=None,
@@ -53,7 +54,7 @@ class TransformerBlock(nn.Module):
         self.attn = attn
         self.ls1 = scale()
         self.norm2 = norm()
-        self.mlp = mlp or Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=proj_drop, **dd)
+        self.mlp = mlp or Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.ls2 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
