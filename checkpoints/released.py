@@ -99,6 +99,11 @@ def _shvit(size: str, top1: float) -> dict[str, ReleasedWeights]:
     return {f"shvit_{size}_vicinal.in1k": weights}
 
 
+def _biformer(name: str, url: str, top1: float) -> dict[str, ReleasedWeights]:
+    weights = ReleasedWeights(url=url, top1=top1, origin="https://github.com/rayleizhu/BiFormer")
+    return {f"biformer_{name}.in1k": weights}
+
+
 def _convit(size: str, top1: float) -> dict[str, ReleasedWeights]:
     weights = ReleasedWeights(
         hf_hub_id=f"timm/convit_{size}.fb_in1k",
@@ -177,6 +182,11 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_litv2("small", 82.0),
     **_litv2("medium", 83.3),
     **_litv2("base", 83.6),
+    **_biformer("tiny", "https://matix.li/e36fe9fb086c", 81.4),
+    **_biformer("small", "https://matix.li/5bb436318902", 83.8),
+    **_biformer("base", "https://matix.li/995db75f585d", 84.3),
+    **_biformer("stl", "https://matix.li/4e9034a91a23", 82.7),
+    **_biformer("stl_nchw", "https://api.onedrive.com/v1.0/shares/s!AkBbczdRlZvChWYrKbWbMgqd2Ai0/root/content", 82.7),
     **_convit("tiny", 73.1),
     **_convit("small", 81.3),
     **_convit("base", 82.4),

@@ -3,6 +3,7 @@
 from timm import create_model, list_models
 
 from .accelerate import accelerate
+from .biformer import BiFormer
 from .convit import ConViT
 from .davit import DaViT
 from .halonet import HaloNet
@@ -13,6 +14,7 @@ from .shvit import SHViT
 from .transnext import TransNeXt
 
 __all__ = [
+    "BiFormer",
     "ConViT",
     "DaViT",
     "HaloNet",

@@ -18,12 +18,14 @@ class Layout:
         rules: pairs of regular expression and replacement, applied in order, all that match.
         dropped: regular expressions of entries that hold no weights (index buffers) and are left out.
         convolutions: regular expression of convolution weights that some files of the layout store as matrices.
+        matrices: regular expression of weights of linear layers that the layout stores as 1 x 1 convolutions.
     """
 
     mark: str
     rules: tuple[tuple[str, Replacement], ...]
     dropped: tuple[str, ...] = ()
     convolutions: str | None = None
+    matrices: str | None = None
 
     def matches(self, keys: Iterable[str]) -> bool:
         """Whether a state dict with these keys has this layout."""
@@ -32,12 +34,14 @@ class Layout:
     def rename(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under our names."""
         kept = (key for key in state_dict if not any(re.search(pattern, key) for pattern in self.dropped))
-        return {self.rename_key(key): self._with_all_axes(key, state_dict[key]) for key in kept}
+        return {self.rename_key(key): self._with_our_axes(key, state_dict[key]) for key in kept}
 
-    def _with_all_axes(self, key: str, value: Tensor) -> Tensor:
-        if self.convolutions is None or value.ndim != 2 or not re.search(self.convolutions, key):
-            return value
-        return value[:, :, None, None]
+    def _with_our_axes(self, key: str, value: Tensor) -> Tensor:
+        if self.convolutions is not None and value.ndim == 2 and re.search(self.convolutions, key):
+            return value[:, :, None, None]
+        if self.matrices is not None and value.ndim == 4 and re.search(self.matrices, key):
+            return value[:, :, 0, 0]
+        return value
 
     def rename_key(self, key: str) -> str:
         """Our name of one entry."""

@@ -14,7 +14,7 @@ from golden import Golden, list_golden
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 
-FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit", "halonet")
+FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit", "halonet", "biformer")
 BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES, "transnext") if not golden.model_args}
 SMALLEST = [
     "nat_mini",
@@ -28,6 +28,9 @@ SMALLEST = [
     "maxvit_tiny",
     "transnext_micro",
     "halonet26t_vicinal",
+    "biformer_tiny",
+    "biformer_stl",
+    "biformer_stl_nchw",
 ]
 
 

@@ -25,6 +25,8 @@ MODELS = {
     "transnext_pico": {},
     "halonet_pico": {},
     "lamhalobotnet_pico": {},
+    "biformer_pico": {},
+    "biformer_stl_nchw": {"embed_dims": (32, 64), "depths": (1, 1), "topks": (2, None), "grid": 3},
 }
 # Even and odd maps, divisible by nothing in particular; the first one traces the graph.
 SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]

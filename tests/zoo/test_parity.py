@@ -13,7 +13,7 @@ import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
 from vicinal.checkpoints.convert import find_layout
 
-GOLDEN = list_golden("nat", "dinat", "davit", "shvit", "litv2", "maxvit", "transnext", "convit", "halonet")
+GOLDEN = list_golden("nat", "dinat", "davit", "shvit", "litv2", "maxvit", "transnext", "convit", "halonet", "biformer")
 # MaxViT's bias tables move its logits by no more than 5e-4 of their deviation.
 TOLERANCES = {"maxvit": 3e-5}
 WITH_FIGURES = [golden for golden in GOLDEN if golden.data["golden"]]

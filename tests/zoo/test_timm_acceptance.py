@@ -30,6 +30,7 @@ SMALL = [
     "transnext_pico",
     "halonet_pico",
     "lamhalobotnet_pico",
+    "biformer_pico",
 ]
 TESTS_PER_MODEL = 18
 

@@ -1,6 +1,6 @@
 """Attention over local windows of channels-last maps, as modules over :mod:`vicinal.kernels`."""
 
-from typing import Final, List, Sequence, Tuple, Union
+from typing import Final, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.layers import (
@@ -59,15 +59,15 @@ class LocalAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1], x.shape[2]
-        query, key, value = self.project(self.pad(x))
+        padded = self.pad(x)
+        query, key, value = self.project(padded)
         dropping = self.training and self.attn_drop.p > 0.0
         if (self.fused_attn or torch.jit.is_scripting()) and not dropping:
-            x = self.attend(query, key, value)
+            attended = self.attend(query, key, value)
         else:
-            x = self.attend_by_weights(query, key, value)
-        x = crop(x.flatten(3), height, width)
-        return self.proj_drop(self.proj(x))
+            attended = self.attend_by_weights(query, key, value)
+        attended = self.enhance(attended.flatten(3), padded, value)
+        return self.proj_drop(self.proj(crop(attended, x.shape[1], x.shape[2])))
 
     def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, W, heads, head_dim), as views of the packed projection."""
@@ -92,6 +92,10 @@ class LocalAttention(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention output, of the shape of ``query``."""
         raise NotImplementedError
+
+    def enhance(self, attended: Tensor, x: Tensor, value: Tensor) -> Tensor:
+        """The output (B, H, W, dim) with what a subclass adds to it of the padded map ``x`` or of the values."""
+        return attended
 
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Softmax weights (B, H, W, heads, keys)."""
@@ -129,8 +133,8 @@ class NeighborhoodAttention(LocalAttention):
         **kwargs,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
-        self.kernel_size = _positive("kernel_size", kernel_size)
-        self.dilation = _positive("dilation", dilation)
+        self.kernel_size = positive_pair("kernel_size", kernel_size)
+        self.dilation = positive_pair("dilation", dilation)
         self.minimum: List[int] = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self.relative_position_bias = None
         if relative_position_bias:
@@ -167,22 +171,33 @@ class NeighborhoodAttention(LocalAttention):
 
 
 class GlobalAttention(LocalAttention):
-    """Every token attends to every token with a relative position bias: the neighborhood is the whole map.
+    """Every token attends to every token: the neighborhood is the whole map.
 
     Args:
-        grid_size: height and width of the map that the bias table (heads, 2 * height - 1, 2 * width - 1) is for; it is
-            resized to maps of another size.
+        grid_size: height and width of the map that the relative position bias (heads, 2 * height - 1, 2 * width - 1) is
+            for; it is resized to maps of another size. None for no bias.
         **kwargs: see :class:`LocalAttention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, grid_size: Tuple[int, int], device=None, dtype=None, **kwargs) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Optional[Tuple[int, int]] = None,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
-        table = (num_heads, *(2 * size - 1 for size in grid_size))
-        self.relative_position_bias = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        self.relative_position_bias = None
+        if grid_size is not None:
+            table = (num_heads, *(2 * size - 1 for size in grid_size))
+            self.relative_position_bias = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        trunc_normal_(self.relative_position_bias, std=0.02)
+        if self.relative_position_bias is not None:
+            trunc_normal_(self.relative_position_bias, std=0.02)
 
     def pad(self, x: Tensor) -> Tensor:
         return x
@@ -193,9 +208,11 @@ class GlobalAttention(LocalAttention):
             if torch.onnx.is_in_onnx_export():
                 return self.aggregate(self.weights(query, key), value)
         size = [query.shape[1], query.shape[2]]
-        bias = expand_table(self.relative_position_bias, size).to(query.dtype)
+        bias = self.relative_position_bias
+        if bias is not None:
+            bias = expand_table(bias, size).to(query.dtype)[None]
         query, key, value = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return x.transpose(1, 2).unflatten(1, size)
 
     @torch.jit.unused
@@ -203,8 +220,9 @@ class GlobalAttention(LocalAttention):
         size = [query.shape[1], query.shape[2]]
         query, key = (x.flatten(1, 2).transpose(1, 2).float() for x in (query, key))
         scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-        weights = (scores + expand_table(self.relative_position_bias, size)).softmax(dim=-1)
-        return weights.transpose(1, 2).unflatten(1, size)
+        if self.relative_position_bias is not None:
+            scores = scores + expand_table(self.relative_position_bias, size)
+        return scores.softmax(dim=-1).transpose(1, 2).unflatten(1, size)
 
     @torch.jit.unused
     def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -234,7 +252,7 @@ class WindowAttention(LocalAttention):
         **kwargs,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
-        self.window_size = _positive("window_size", window_size)
+        self.window_size = positive_pair("window_size", window_size)
         self.partition = partition
         self.relative_position_bias = None
         if relative_position_bias:
@@ -249,7 +267,7 @@ class WindowAttention(LocalAttention):
     @torch.jit.ignore
     def set_window_size(self, window_size: Union[int, Sequence[int]]) -> None:
         """Change the window; the bias table is resized to it."""
-        self.window_size = _positive("window_size", window_size)
+        self.window_size = positive_pair("window_size", window_size)
         table = self.relative_position_bias
         if table is not None:
             resized = self.resize_table(table.detach())
@@ -291,7 +309,7 @@ class WindowAttention(LocalAttention):
         return window_aggregate(weights, value, self.window_size, partition=self.partition)
 
 
-def _positive(name: str, value: Union[int, Sequence[int]]) -> List[int]:
+def positive_pair(name: str, value: Union[int, Sequence[int]]) -> List[int]:
     """One number for each of two axes, at least 1."""
     values = list(to_2tuple(value))
     if len(values) != 2 or min(values) < 1:

@@ -1,6 +1,6 @@
 """Stems and downsampling steps: a strided convolution and its norm, from images or between channels-last maps."""
 
-from typing import Final
+from typing import Callable, Final
 
 from timm.layers import LayerNorm
 from timm.models import swin_transformer
@@ -9,8 +9,23 @@ from torch import Tensor, nn
 from .padding import pad_to_multiple
 
 
+class ChannelsLastBatchNorm(nn.Module):
+    """Batch norm of a channels-last map (B, H, W, dim).
+
+    It holds torch's module, so that what converts or freezes batch norms finds it.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(dim, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # tokens as images of one pixel: of a permuted map compiled graphs mistake the strides of the gradient
+        return self.bn(x.flatten(0, 2)[:, :, None, None]).view(x.shape)
+
+
 class ConvEmbed(nn.Module):
-    """Strided convolution with a LayerNorm over channels, to a channels-last map.
+    """Strided convolution with a norm, to a channels-last map.
 
     Args:
         in_chans: channels of the input.
@@ -23,6 +38,7 @@ class ConvEmbed(nn.Module):
         image: the input is an image (B, C, H, W) instead of a map (B, H, W, C).
         multiple: pad the input at the bottom and right to a multiple of this (after ``norm_first``); 1 for none.
         norm_eps: of the norm.
+        norm_layer: of channels-last maps: LayerNorm over channels, or :class:`ChannelsLastBatchNorm`.
 
     Shape:
         (B, in_chans, H, W) or (B, H, W, in_chans) to (B, H', W', out_chans).
@@ -43,6 +59,7 @@ class ConvEmbed(nn.Module):
         image: bool = False,
         multiple: int = 1,
         norm_eps: float = 1e-5,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
         device=None,
         dtype=None,
     ) -> None:
@@ -52,7 +69,7 @@ class ConvEmbed(nn.Module):
         self.image = image
         self.multiple = [multiple, multiple]
         self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, bias=bias, **dd)
-        self.norm = LayerNorm(in_chans if norm_first else out_chans, eps=norm_eps, **dd)
+        self.norm = norm_layer(in_chans if norm_first else out_chans, eps=norm_eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.image:

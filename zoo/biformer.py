@@ -1,0 +1,319 @@
+"""BiFormer: attention between regions of the map that find each other by their averages.
+
+Paper: BiFormer: Vision Transformer with Bi-Level Routing Attention (arXiv:2303.08810). Official code:
+rayleizhu/BiFormer (MIT).
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final, List, Optional, Union
+
+import torch
+from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates, register_notrace_function
+from torch import Tensor, nn
+
+from ..kernels import routed_attention
+from ..kernels.routed import aggregate, routed_attention_weights
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .blocks.attention import GlobalAttention, positive_pair
+from .blocks.embed import ChannelsLastBatchNorm, ConvEmbed
+from .blocks.padding import crop, pad_to_multiple
+from .blocks.transformer import TransformerBlock
+from .names import Variant, default_cfgs_of, register_variants
+
+__all__ = ["BiFormer", "checkpoint_filter_fn"]
+
+
+class EnhancedAttention(GlobalAttention):
+    """Attention whose output a depthwise convolution enhances by what lies around each token.
+
+    Args:
+        encode_values: the convolution reads the values, else the input.
+        **kwargs: see :class:`LocalAttention`.
+
+    Source:
+        The locally enhanced position encoding of CSWin (Dong et al., arXiv:2107.00652), section 3.3.
+    """
+
+    encode_values: Final[bool]
+
+    def __init__(self, dim: int, num_heads: int, encode_values: bool = True, device=None, dtype=None, **kwargs) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        self.encode_values = encode_values
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, device=device, dtype=dtype)
+
+    def enhance(self, attended: Tensor, x: Tensor, value: Tensor) -> Tensor:
+        if self.encode_values:
+            x = value.flatten(3)
+        return attended + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class RoutedAttention(EnhancedAttention):
+    """Attention of each region of the map to the tokens of the ``topk`` regions whose average keys suit it best.
+
+    The map is zero-padded before the projection to a multiple of the grid, as the official code for dense tasks does.
+
+    Args:
+        grid: regions down and across, or one number for both.
+        topk: regions that each region attends to.
+        **kwargs: see :class:`LocalAttention`.
+
+    Source:
+        arXiv:2303.08810, section 3.2. The scale is dim**-0.5, not that of a head, as in the released code.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Union[int, Sequence[int]] = 7,
+        topk: int = 4,
+        **kwargs,
+    ) -> None:
+        super().__init__(dim, num_heads, **kwargs)
+        self.grid = positive_pair("grid", grid)
+        if not 1 <= topk <= self.grid[0] * self.grid[1]:
+            raise ValueError(f"topk={topk} must be from 1 to the {self.grid[0] * self.grid[1]} regions of {grid=}")
+        self.topk = topk
+        self.scale = dim**-0.5
+
+    def pad(self, x: Tensor) -> Tensor:
+        return pad_to_multiple(x, self.grid)
+
+    def divide(self, x: Tensor) -> Tensor:
+        """A map (B, H, W, heads, channels) as its regions (B, regions, tokens, heads, channels)."""
+        return to_regions(x, self.grid)
+
+    def join(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse, to a map of the size of ``like``."""
+        return from_regions(x, self.grid, [like.shape[1], like.shape[2]])
+
+    def average(self, x: Tensor) -> Tensor:
+        """Averages (B, regions, dim) of the regions of a map, without gradient."""
+        return self.divide(x.detach()).mean(dim=2).flatten(2)
+
+    def route(self, query: Tensor, key: Tensor) -> Tensor:
+        """Routes (B, regions, topk): which regions each region attends to."""
+        return choose_routes(self.average(query), self.average(key), self.topk)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        routes = self.route(query, key)
+        queries, keys, values = [self.divide(x) for x in (query, key, value)]
+        if torch.jit.is_scripting():
+            x = torch.ops.vicinal.routed_attention(queries, keys, values, routes, self.scale)[0]
+        else:
+            x = routed_attention(queries, keys, values, routes, scale=self.scale)
+        return self.join(x, value)
+
+    @torch.jit.unused
+    def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        routes = self.route(query, key)
+        weights = routed_attention_weights(self.divide(query), self.divide(key), routes, self.scale)
+        return self.join(aggregate(self.attn_drop(weights), self.divide(value), routes), value)
+
+    @torch.jit.unused
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, H * W), zero where a region is not routed to.
+
+        Padding that takes part in the softmax has the rest of a sum below one.
+        """
+        height, width = query.shape[1:3]
+        routes = self.route(query, key)
+        weights = routed_attention_weights(self.divide(query), self.divide(key), routes, self.scale)
+        places = torch.arange(1, height * width + 1, device=query.device).view(1, height, width, 1, 1)
+        places = self.divide(places)[0, routes, :, 0, 0].flatten(2)  # (B, regions, keys); padding is at 0
+        everywhere = weights.new_zeros(*weights.shape[:-1], height * width + 1)
+        everywhere.scatter_(-1, places[:, :, None, None].expand(weights.shape), weights)
+        return self.join(everywhere[..., 1:], query)
+
+
+class ProjectedRoutedAttention(RoutedAttention):
+    """The refactored form: regions of ``size // grid`` tokens, and queries, keys and values that are padded with zeros.
+
+    A map that the grid does not divide has more regions than the grid; padding does not count in their averages.
+    """
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x
+
+    def region(self, x: Tensor) -> List[int]:
+        """Height and width of the regions of a map."""
+        return [at_least_one(x.shape[1], self.grid[0]), at_least_one(x.shape[2], self.grid[1])]
+
+    def divide(self, x: Tensor) -> Tensor:
+        region = self.region(x)
+        x = pad_to_multiple(x.flatten(3), region).unflatten(3, [x.shape[3], x.shape[4]])
+        return to_regions(x, [x.shape[1] // region[0], x.shape[2] // region[1]])
+
+    def join(self, x: Tensor, like: Tensor) -> Tensor:
+        height, width = like.shape[1], like.shape[2]
+        region = self.region(like)
+        grid = [(height + region[0] - 1) // region[0], (width + region[1] - 1) // region[1]]
+        return crop(from_regions(x, grid, [grid[0] * region[0], grid[1] * region[1]]), height, width)
+
+    def average(self, x: Tensor) -> Tensor:
+        x = x.detach()
+        counts = self.divide(torch.ones_like(x[:1, :, :, :1, :1])).sum(dim=2).flatten(2)
+        return self.divide(x).sum(dim=2).flatten(2) / counts
+
+
+@register_notrace_function
+def at_least_one(size: int, parts: int) -> int:
+    """Tokens of a region on an axis."""
+    if torch.jit.is_scripting():
+        return max(1, size // parts)
+    return torch.sym_max(1, size // parts)
+
+
+@register_notrace_function
+def to_regions(x: Tensor, grid: List[int]) -> Tensor:
+    """A map (B, H, W, heads, channels) in a grid of regions, (B, regions, tokens, heads, channels), both row by row.
+
+    Heads come first in memory, where the operator reads the regions of a head without another copy.
+    """
+    region = [x.shape[1] // grid[0], x.shape[2] // grid[1]]
+    x = x.unflatten(2, [grid[1], region[1]]).unflatten(1, [grid[0], region[0]])
+    x = x.permute(0, 5, 1, 3, 2, 4, 6)  # (B, heads, rows, columns, y, x, channels)
+    return x.flatten(4, 5).flatten(2, 3).permute(0, 2, 3, 1, 4)
+
+
+@register_notrace_function
+def from_regions(x: Tensor, grid: List[int], size: List[int]) -> Tensor:
+    """The inverse of :func:`to_regions`; size: height and width of the map."""
+    x = x.unflatten(2, [size[0] // grid[0], size[1] // grid[1]]).unflatten(1, [grid[0], grid[1]])
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+@register_notrace_function
+def choose_routes(query: Tensor, key: Tensor, topk: int) -> Tensor:
+    """For each average query (B, regions, dim) the ``topk`` best average keys, all if there are fewer."""
+    affinity = query @ key.transpose(1, 2)
+    if torch.jit.is_scripting():
+        return affinity.topk(min(topk, affinity.shape[2]), dim=-1)[1]
+    return affinity.topk(torch.sym_min(topk, affinity.shape[2]), dim=-1)[1]
+
+
+class BiFormer(Backbone):
+    """BiFormer, and its ablation network in the layout of Swin-T.
+
+    Args:
+        embed_dims: channels of each stage.
+        depths: blocks of each stage.
+        topks: regions that each region attends to, by stage; None for attention to the whole map, with 8 heads.
+        grid: regions down and across in the stages with routing, or one number for both (16 in the official detectors,
+            8 in segmentation).
+        head_dim: channels of a head in the stages with routing.
+        mlp_ratio: hidden width of the MLP as a multiple of its input.
+        swin_layout: patchify stem, merging without overlap, and no position encoding before the attention.
+        pad_projected: the refactored form, which pads maps after the projection (and is the same where nothing is to
+            be padded), and enhances the last stage by its values instead of its inputs.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after projections.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 8, 2),
+        topks: Sequence[Optional[int]] = (1, 4, 16, None),
+        grid: Union[int, Sequence[int]] = 7,
+        head_dim: int = 32,
+        mlp_ratio: float = 3.0,
+        swin_layout: bool = False,
+        pad_projected: bool = False,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        check_per_stage(embed_dims=embed_dims, depths=depths, topks=topks)
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        routed = ProjectedRoutedAttention if pad_projected else RoutedAttention
+
+        def attention(stage: int) -> EnhancedAttention:
+            dim, topk = embed_dims[stage], topks[stage]
+            if topk is not None and dim % head_dim:
+                raise ValueError(f"head_dim={head_dim} must divide every width of a routed stage; {embed_dims=}")
+            options = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **dd}
+            if topk is None:
+                return EnhancedAttention(dim, 8, encode_values=pad_projected, qkv_bias=False, **options)
+            return routed(dim, dim // head_dim, grid=grid, topk=topk, **options)
+
+        def block(stage: int, index: int) -> TransformerBlock:
+            return TransformerBlock(
+                embed_dims[stage],
+                attention(stage),
+                mlp_ratio=mlp_ratio,
+                position_encodings=0 if swin_layout else 1,
+                proj_drop=proj_drop_rate,
+                drop_path=drop_paths[stage][index],
+                norm_eps=1e-6,
+                **dd,
+            )
+
+        downsample = _patch_merging if swin_layout else _conv_downsample
+        stages = [
+            Stage(
+                [block(stage, index) for index in range(depth)],
+                downsample(embed_dims[stage - 1], embed_dims[stage], **dd) if stage else None,
+            )
+            for stage, depth in enumerate(depths)
+        ]
+        super().__init__(
+            stem=(_patch_stem if swin_layout else _conv_stem)(in_chans, embed_dims[0], **dd),
+            stages=stages,
+            norm=ChannelsLastBatchNorm(embed_dims[-1], **dd),
+            head=ClassifierHead(
+                embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
+            ),
+            widths=embed_dims,
+            reductions=[4 * 2**stage for stage in range(len(depths))],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            output_fmt="NHWC",
+        )
+
+
+_embed = partial(ConvEmbed, norm_layer=ChannelsLastBatchNorm)
+_conv_downsample = partial(_embed, kernel_size=3, stride=2, padding=1)
+_patch_stem = partial(_embed, kernel_size=4, stride=4, image=True)
+_patch_merging = partial(_embed, kernel_size=2, stride=2, norm_first=True)
+
+
+def _conv_stem(in_chans: int, embed_dim: int, device=None, dtype=None) -> nn.Module:
+    """Two overlapping convolutions of stride 2."""
+    dd = {"device": device, "dtype": dtype}
+    first = ConvNormAct(in_chans, embed_dim // 2, 3, stride=2, bias=True, act_layer=nn.GELU, **dd)
+    return nn.Sequential(OrderedDict(conv1=first, embed=_conv_downsample(embed_dim // 2, embed_dim, image=True, **dd)))
+
+
+def _variant(embed_dim: int, depths: Sequence[int], cfg: Optional[dict[str, Any]] = None, **kwargs) -> Variant:
+    args = {"embed_dims": tuple(embed_dim * 2**stage for stage in range(4)), "depths": depths, **kwargs}
+    first_conv = "stem.conv" if kwargs.get("swin_layout") else "stem.conv1.conv"
+    return Variant(args, {"first_conv": first_conv, **(cfg or {})})
+
+
+_swin_tiny = partial(_variant, 96, (2, 2, 6, 2), mlp_ratio=4.0, swin_layout=True)
+_PICO_CFG = {"input_size": (3, 32, 32), "pool_size": (1, 1), "crop_pct": 1.0}
+
+VARIANTS = {
+    "biformer_pico": _variant(32, (1, 1, 2, 1), _PICO_CFG, grid=2, topks=(1, 2, 4, None)),
+    "biformer_tiny": _variant(64, (2, 2, 8, 2)),
+    "biformer_small": _variant(64, (4, 4, 18, 4)),
+    "biformer_base": _variant(96, (4, 4, 18, 4)),
+    "biformer_stl": _swin_tiny(),
+    "biformer_stl_nchw": _swin_tiny(pad_projected=True),
+}
+
+default_cfgs = default_cfgs_of(VARIANTS, license="mit")
+
+register_variants(__name__, VARIANTS, partial(build_backbone, BiFormer))
