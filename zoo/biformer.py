@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, List, Optional, Union
 
 import torch
-from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates, register_notrace_function
+from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import routed_attention
@@ -49,6 +49,7 @@ class EnhancedAttention(GlobalAttention):
         return attended + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+@register_notrace_module  # its forward is inherited, so torch.fx would not find the functions that it must not enter
 class RoutedAttention(EnhancedAttention):
     """Attention of each region of the map to the tokens of the ``topk`` regions whose average keys suit it best.
 
@@ -128,6 +129,7 @@ class RoutedAttention(EnhancedAttention):
         return self.join(everywhere[..., 1:], query)
 
 
+@register_notrace_module
 class ProjectedRoutedAttention(RoutedAttention):
     """The refactored form: regions of ``size // grid`` tokens, and queries, keys and values that are padded with zeros.
 
@@ -158,7 +160,6 @@ class ProjectedRoutedAttention(RoutedAttention):
         return self.divide(x).sum(dim=2).flatten(2) / counts
 
 
-@register_notrace_function
 def at_least_one(size: int, parts: int) -> int:
     """Tokens of a region on an axis."""
     if torch.jit.is_scripting():
@@ -166,7 +167,6 @@ def at_least_one(size: int, parts: int) -> int:
     return torch.sym_max(1, size // parts)
 
 
-@register_notrace_function
 def to_regions(x: Tensor, grid: List[int]) -> Tensor:
     """A map (B, H, W, heads, channels) in a grid of regions, (B, regions, tokens, heads, channels), both row by row.
 
@@ -178,14 +178,13 @@ def to_regions(x: Tensor, grid: List[int]) -> Tensor:
     return x.flatten(4, 5).flatten(2, 3).permute(0, 2, 3, 1, 4)
 
 
-@register_notrace_function
 def from_regions(x: Tensor, grid: List[int], size: List[int]) -> Tensor:
     """The inverse of :func:`to_regions`; size: height and width of the map."""
     x = x.unflatten(2, [size[0] // grid[0], size[1] // grid[1]]).unflatten(1, [grid[0], grid[1]])
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    # all at once: torch.export cannot reason about the size of one axis made of a number and a symbol
+    return x.transpose(2, 3).flatten(1, 4).unflatten(1, size)
 
 
-@register_notrace_function
 def choose_routes(query: Tensor, key: Tensor, topk: int) -> Tensor:
     """For each average query (B, regions, dim) the ``topk`` best average keys, all if there are fewer."""
     affinity = query @ key.transpose(1, 2)
