@@ -105,6 +105,14 @@ def _biformer(name: str, url: str, top1: float) -> dict[str, ReleasedWeights]:
 
 
 def _convit(size: str, top1: float) -> dict[str, ReleasedWeights]:
+    """Facebook's weights.
+
+    The repository was under CC-BY-NC-4.0 at first, as the header of its ``convit.py`` still says. Its README and
+    LICENSE of today are Apache-2.0, and so are timm's cards of these files.
+
+    Args:
+        top1: of the repository's README (tiny) and the paper (small, base); timm measures 73.140, 81.412 and 82.296.
+    """
     weights = ReleasedWeights(
         hf_hub_id=f"timm/convit_{size}.fb_in1k",
         top1=top1,
@@ -114,11 +122,16 @@ def _convit(size: str, top1: float) -> dict[str, ReleasedWeights]:
     return {f"convit_{size}_vicinal.fb_in1k": weights}
 
 
-def _litv2(size: str, top1: float) -> dict[str, ReleasedWeights]:
+def _litv2(size: str, top1: float, pixels: int = 224, **cfg: Any) -> dict[str, ReleasedWeights]:
+    suffix = "" if pixels == 224 else f"_{pixels}"
     weights = ReleasedWeights(
-        url=f"{_LITV2}/releases/download/v1.0/litv2_{size[0]}.pth", top1=top1, license="apache-2.0", origin=_LITV2
+        url=f"{_LITV2}/releases/download/v1.0/litv2_{size[0]}{suffix}.pth",
+        top1=top1,
+        license="apache-2.0",
+        origin=_LITV2,
+        cfg=cfg,
     )
-    return {f"litv2_{size}.ziplab_in1k": weights}
+    return {f"litv2_{size}.ziplab_in1k{suffix}": weights}
 
 
 def _halonet(name: str, tag: str, top1: float) -> dict[str, ReleasedWeights]:
@@ -182,6 +195,7 @@ RELEASED: dict[str, ReleasedWeights] = {
     **_litv2("small", 82.0),
     **_litv2("medium", 83.3),
     **_litv2("base", 83.6),
+    **_litv2("base", 84.7, 384, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
     **_biformer("tiny", "https://matix.li/e36fe9fb086c", 81.4),
     **_biformer("small", "https://matix.li/5bb436318902", 83.8),
     **_biformer("base", "https://matix.li/995db75f585d", 84.3),

@@ -81,12 +81,12 @@ def build_task(model: nn.Module, config: TrainConfig, world: World) -> Classific
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameters, grouped by weight decay and layer."""
+    """The optimizer over the model's parameters, grouped by weight decay, layer and the model's own factors."""
     if config.optimizer not in list_optimizers():
         hint = nearest(config.optimizer, list_optimizers()) or "timm.optim.list_optimizers() lists them"
         raise UserError(f"--optimizer {config.optimizer}: no such optimizer; {hint}")
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=config.optimizer,
             lr=config.lr,
@@ -96,6 +96,22 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {config.optimizer}: {first_line(error)}; see --optimizer-kwargs") from error
+    _scale_learning_rates(optimizer, model)
+    return optimizer
+
+
+def _scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give the parameters that ``model.learning_rate_scales`` names groups of their own.
+
+    timm's schedulers multiply the learning rate by a group's ``lr_scale``, as they do for layer decay.
+    """
+    for name, scale in getattr(model, "learning_rate_scales", dict)().items():
+        parameter = model.get_parameter(name)
+        if not parameter.requires_grad:
+            continue
+        group = next(group for group in optimizer.param_groups if any(other is parameter for other in group["params"]))
+        group["params"] = [other for other in group["params"] if other is not parameter]
+        optimizer.add_param_group({**group, "params": [parameter], "lr_scale": scale * group.get("lr_scale", 1.0)})
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler:

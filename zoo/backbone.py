@@ -214,6 +214,11 @@ class Backbone(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias")}
 
     @torch.jit.ignore
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Factors of the learning rate that the recipe gives single parameters, by name."""
+        return {}
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of storing them."""
         for stage in self.stages:

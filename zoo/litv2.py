@@ -298,6 +298,11 @@ class LITv2(Backbone):
             output_fmt="NHWC",
         )
 
+    @torch.jit.ignore
+    def learning_rate_scales(self) -> dict[str, float]:
+        """A hundredth for the weights that place the samples of deformable merging; their biases learn as all do."""
+        return {f"{name}.weight": 0.01 for name, module in self.named_modules() if isinstance(module, OffsetConv)}
+
 
 def _variant(embed_dim: int, depths: Tuple[int, ...], args: Optional[dict] = None, **cfg) -> Variant:
     heads = tuple(embed_dim // 32 * 2**stage for stage in range(len(depths)))
