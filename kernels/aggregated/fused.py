@@ -196,7 +196,8 @@ def backward_query_kernel(
     """The gradients of a tile of queries and of its value weights, and its share in that of the local bias.
 
     Also delta, the mean of the gradients of the softmax weights. The sum of output times gradient would not do: with
-    value_weights it is another number, and the rounding of the output does not cancel where a weight is near 1.
+    value_weights it is another number, and the rounding of the output does not cancel where a weight is near 1. The sum
+    of the weights, which delta is divided by, is 1 but for the rounding of the logsumexp.
     """
     size = plan[0]
     head, position, valid = _program(heads, plan, TILE)
@@ -205,25 +206,30 @@ def backward_query_kernel(
     statistics = load_logsumexp(logsumexp, number, valid)
     token = position[1] * size[1] + position[2]
     deltas = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for block in range(0, tl.cdiv(pooled, BLOCK)):
         cell, seen, keys, values = _load_pooled(
             pooled_key, pooled_value, block, pooled, position[0], head, BLOCK, HEAD_DIM, CHANNELS
         )
         visible = valid[:, None] & seen[None, :]
         bias = _pooled_bias(pooled_bias, head, token[:, None], cell[None, :], visible)
-        _, products = gradient_of_pairs(
+        weights, products = gradient_of_pairs(
             queries, keys, grads, values, (statistics[:, None], 0.0), visible, bias, scale, PRECISION
         )
         deltas += tl.sum(products, 1)
+        total += tl.sum(weights, 1)
     for slot in range(0, WINDOW * WINDOW):
         neighbour, inside = _move(position, slot, size, valid, 1, WINDOW)
         keys, values = load_maps(key, value, neighbour, head, inside, HEAD_DIM, CHANNELS)
         scores = _local_scores(queries, keys, inside, local_bias, head, slot, scale, WINDOW)
         of_weights = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)
-        deltas += gradient_of_scores(scores, statistics, inside, of_weights, 0.0)[1]
+        weight, product = gradient_of_scores(scores, statistics, inside, of_weights, 0.0)
+        deltas += product
+        total += weight
         if grad_value_weights is not None:
             element = grad_value_weights.dtype.element_ty
             tl.store(grad_value_weights + number * (WINDOW * WINDOW) + slot, of_weights.to(element), mask=valid)
+    deltas = deltas / tl.where(total > 0, total, 1.0)
     tl.store(delta + number, deltas, mask=valid)
     sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
     if grad_query is not None:

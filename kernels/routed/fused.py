@@ -109,7 +109,8 @@ def backward_query_kernel(
     """The gradient of queries of one region, and delta, the mean of the gradients of their weights.
 
     Delta is also the sum of output times gradient, but the rounding of the output does not cancel against the gradient
-    of a weight near 1, and with few keys such weights are common. So it takes a pass of its own.
+    of a weight near 1, and with few keys such weights are common. So it takes a pass of its own, and is divided by the
+    sum of the weights, which is 1 but for the rounding of the logsumexp.
     """
     head, position, valid = _program(heads, size, BLOCK)
     number = token_number(position, head, heads, size)
@@ -118,13 +119,18 @@ def backward_query_kernel(
     statistics = load_logsumexp(logsumexp, number, valid)[:, None]
     first = (position[0].to(tl.int64) * size[0] + position[1]) * topk
     deltas = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, topk * size[1], STEP):
         key_position, seen = _listed(routes, first, topk, start + tl.arange(0, STEP), position[0], size)
         keys = load_map(key, key_position, head, seen, HEAD_DIM, CHANNELS)
         values = load_map(value, key_position, head, seen, VALUE_DIM, VALUE_CHANNELS)
         visible = valid[:, None] & seen[None, :]
-        _, products = gradient_of_pairs(queries, keys, grads, values, (statistics, 0.0), visible, 0.0, scale, PRECISION)
+        weights, products = gradient_of_pairs(
+            queries, keys, grads, values, (statistics, 0.0), visible, 0.0, scale, PRECISION
+        )
         deltas += tl.sum(products, 1)
+        total += tl.sum(weights, 1)
+    deltas = deltas / tl.where(total > 0, total, 1.0)
     tl.store(delta + number, deltas, mask=valid)
     if grad_query is not None:
         sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
