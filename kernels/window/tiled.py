@@ -2,7 +2,7 @@
 
 Windows of one chunk are copied out of the map once, straight from any strides and across the border of a shifted map.
 Bias and shift masks are added to the scores in place: a mask touches the last row or column of windows only, and is
-never repeated over the batch. Scores, softmax and sums are float32 (float64 for float64 inputs); the weights are
+never repeated over the batch; on a CPU, windows without masks go through torch's own attention. Scores, softmax and sums are float32 (float64 for float64 inputs); the weights are
 rounded to the dtype of the inputs before they are multiplied with it.
 """
 
@@ -89,9 +89,10 @@ class Windows:
     """The windows of one call: how to read and write them, and what is added to their scores."""
 
     def __init__(self, query: Tensor, window_size: Sequence[int], partition: str, shift: Sequence[int]) -> None:
-        self.window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2)
-        sizes = zip(query.shape[1:3], self.window, shifts, strict=True)
+        self.window = per_axis("window_size", window_size, 2)
+        sizes = zip(query.shape[1:3], self.window, per_axis("shift", shift, 2), strict=True)
         self.axes = tuple(Axis.of(size, window, partition, offset) for size, window, offset in sizes)
+        self.shifts = tuple(axis.shift for axis in self.axes)
         self.tokens = self.window[0] * self.window[1]
         self.batch, self.heads, self.head_dim = query.shape[0], query.shape[3], query.shape[4]
         self.chunk_scores = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
@@ -204,16 +205,33 @@ def forward(
     score = Scores(windows, query, relative_position_bias, scale)
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=score.dtype)
+    attend = _attend_at_once if query.device.type == "cpu" and not any(windows.shifts) else _attend
     for chunk in windows.chunks():
         queries, keys, values = (windows.load(tokens, chunk) for tokens in (query, key, value))
-        scores = score(queries, keys, chunk)
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        result = torch.bmm(weights.to(value.dtype), values)
-        windows.store(result.to(score.dtype).div_(total), output, chunk)
-        windows.store(total.log_().add_(largest), logsumexp, chunk)
+        result, statistic = attend(score, queries, keys, values, chunk)
+        windows.store(result, output, chunk)
+        windows.store(statistic, logsumexp, chunk)
     return output, logsumexp.squeeze(-1)
+
+
+def _attend(score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of the windows of a chunk."""
+    scores = score(query, key, chunk)
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    result = torch.bmm(weights.to(value.dtype), value).to(score.dtype).div_(total)
+    return result, total.log_().add_(largest)
+
+
+def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """The same without masks, by the kernel of scaled_dot_product_attention, which never stores the scores."""
+    query, key, value = (tokens.unflatten(0, (-1, score.windows.heads)) for tokens in (query, key, value))
+    bias = None if score.bias is None else score.bias[None]
+    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=bias, scale=score.scale
+    )
+    return output.contiguous(), logsumexp.contiguous()
 
 
 def backward(
