@@ -57,7 +57,7 @@ def _train(argv: Sequence[str]) -> int:
     from .train.recipe import parse_arguments
 
     config = parse_arguments(argv)
-    world = join_world(config.run.device)
+    world = join_world(config.run.device, needs_group=config.run.parallel == "fsdp")
     try:
         outcome = train(config, world)
     finally:

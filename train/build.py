@@ -3,10 +3,12 @@
 import inspect
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, model_entrypoint, parse_model_name
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -19,6 +21,8 @@ from .config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, Tra
 from .data import InputSpec
 from .distributed import World
 from .errors import UserError, first_line, nearest
+from .randomness import seed_all, stream_seed
+from .sharding import ShardedTask, is_whole_on_meta
 
 
 def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> nn.Module:
@@ -62,22 +66,66 @@ def _explain_option(error: TypeError, name: str) -> str:
     return f"unknown option {option!r} in --model-kwargs; {hint}"
 
 
-def build_task(model: nn.Module, config: TrainConfig, world: World) -> ClassificationTask:
-    """Model and loss as a timm task on the device, with average, compilation and DDP as configured."""
+def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[nn.Module, nn.Module | None]:
+    """The network to train and, where that is only a plan on the meta device, the first process's whole one.
+
+    To shard a network without room for all of it in each process, only the first one builds it, on the CPU. A network
+    that cannot be built on the meta device is built whole by each.
+    """
+    if config.run.parallel == "ddp":
+        return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
+    whole = build_model(config.model, config.data.img_size, num_classes) if world.is_primary else None
+    plan = replace(config.model, pretrained=False)
+    try:
+        with torch.device("meta"):
+            model = build_model(plan, config.data.img_size, num_classes)
+        is_complete = is_whole_on_meta(model)
+    except (UserError, NotImplementedError):
+        is_complete = False
+    if is_complete:
+        return _prepare(model, config.run, world), whole
+    seed_all(stream_seed("weights", config.run.seed))
+    return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
+
+
+def _prepare(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
+    if config.sync_bn:
+        if world.device.type != "cuda":
+            raise UserError(f"--sync-bn: torch has SyncBatchNorm for CUDA only, not for {world.device.type}")
+        model = convert_sync_batchnorm(model)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it") from error
+    return model
+
+
+def build_task(model: nn.Module, source: nn.Module | None, config: TrainConfig, world: World) -> ClassificationTask:
+    """Model and loss as a timm task on the device, with average, compilation and DDP or FSDP2 as configured."""
     run = config.run
-    memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
-    model.to(world.device, memory_format=memory_format)
     soft = config.augmentation.mixes
     # Mixup smooths the targets itself, when it makes them soft.
     loss = {"soft_targets": True} if soft else {"smoothing": config.optimizer.label_smoothing}
-    task = ClassificationTask(model, criterion_kwargs=loss, device=world.device, verbose=False)
+    if run.parallel == "fsdp":
+        if source is None:
+            model.to(world.device)
+        task = ShardedTask(model, source, world, criterion_kwargs=loss)
+    else:
+        model.to(world.device, memory_format=memory_format(run))
+        task = ClassificationTask(model, criterion_kwargs=loss, device=world.device, verbose=False)
     if run.ema_decay is not None:
         task.setup_ema(decay=run.ema_decay, use_warmup=run.ema_warmup)
     if run.compile:
         task.compile()
-    if world.is_distributed:
+    if world.is_distributed or run.parallel == "fsdp":
         task.prepare_distributed(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
     return task
+
+
+def memory_format(config: RunConfig) -> torch.memory_format:
+    """The layout of images, and of convolution weights except under FSDP, which takes contiguous ones only."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -131,8 +179,15 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, up
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """The autocast context of the configured precision; does nothing for float32."""
-    dtype = getattr(torch, config.precision)
+    dtype = getattr(torch, resolve_precision(config, device))
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def resolve_precision(config: RunConfig, device: torch.device) -> str:
+    """The precision meant by ``auto``, or the one given."""
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def record_input(model: nn.Module, spec: InputSpec, classes: list[str]) -> None:

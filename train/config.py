@@ -88,12 +88,15 @@ class DataConfig:
     """Resampling at evaluation; the model's own if not given."""
     crop_pct: float | None = None
     """Share of the resized image that the evaluation's centre crop keeps; the model's own if not given."""
+    max_broken: int = 0
+    """Images of the whole run that may be unreadable: another one takes their place; one more stops the run."""
 
     def __post_init__(self):
         _check(self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1")
         _check(self.img_size is None or self.img_size >= 1, f"--img-size {self.img_size}: must be at least 1")
         _check(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
         _check(0 < self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must lie between 0 and 1")
+        _check(self.max_broken >= 0, f"--max-broken {self.max_broken}: must be at least 0")
         _check(self.crop_pct is None or 0 < self.crop_pct <= 1, f"--crop-pct {self.crop_pct}: must lie in (0, 1]")
 
 
@@ -164,10 +167,13 @@ class OptimizerConfig:
     """By the global norm, by each value, or adaptively against the weights' norm."""
     accumulation: int = 1
     """Batches whose gradients are averaged into one update."""
+    max_skips: int = 5
+    """Updates in a row that may be left out because their loss is not finite; one more stops the run."""
 
     def __post_init__(self):
         _check(self.lr > 0, f"--lr {self.lr}: must be positive")
         _check(self.accumulation >= 1, f"--accumulation {self.accumulation}: must be at least 1")
+        _check(self.max_skips >= 0, f"--max-skips {self.max_skips}: must be at least 0")
         _check(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
         _check(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be positive")
         _check(
@@ -213,24 +219,54 @@ class RunConfig:
     """cpu, cuda, cuda:N, or auto."""
     threads: int = 0
     """CPU threads per process; 0 leaves torch's choice."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast; float16 scales the loss."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Autocast: bfloat16 on CUDA and float32 elsewhere (auto), or as given; float16 scales the loss."""
     channels_last: bool = False
     """Keep images and convolution weights in the channels-last memory format."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile the model; under --parallel fsdp each of its blocks."""
+    grad_checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass, to save memory."""
+    sync_bn: bool = False
+    """Batch norm over the batches of all processes; on CUDA."""
+    deterministic: bool = False
+    """Only algorithms of torch that give the same bits each time; needed for exact resume on CUDA, and slower."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """On several processes: a copy of the weights on each (ddp), or shares of every block's (fsdp: fully_shard)."""
     ema_decay: float | None = None
     """Evaluate and save the exponential moving average of the weights with this decay."""
     ema_warmup: bool = False
     """Let the decay of the average grow during the run up to --ema-decay."""
+    save_interval: int | None = None
+    """Updates between two checkpoints inside an epoch; at the end of each epoch there is one anyway."""
+    save_epochs: int | None = None
+    """Epochs between two checkpoints that stay, as epoch-0010/ and so on."""
+    keep: int = 3
+    """How many of those stay, the newest."""
+    sharded_checkpoints: bool = False
+    """Under --parallel fsdp: each process writes its shares, not the first one everything."""
     log_interval: int = 50
     """Updates between two step records in metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write the records for TensorBoard, into tensorboard/ of the run's folder."""
+    wandb: str | None = None
+    """Also send the records to this project of Weights & Biases."""
+    profile: int = 0
+    """Profile this many updates, after five to warm up; the trace goes to profile.json of the run's folder."""
     report: bool = False
     """At the end, draw report.png: curves, predictions and attention maps."""
 
     def __post_init__(self):
         _check(self.log_interval >= 1, f"--log-interval {self.log_interval}: must be at least 1")
-        _check(self.threads >= 0, f"--threads {self.threads}: must be at least 0")
+        for name in ("save_interval", "save_epochs", "keep"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
+        for name in ("threads", "profile"):
+            _check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must be at least 0")
+        _check(
+            self.parallel == "fsdp" or not self.sharded_checkpoints,
+            "--sharded-checkpoints writes shares that only --parallel fsdp has: add it, or leave the flag out",
+        )
         _check(self.ema_decay is None or 0 < self.ema_decay < 1, f"--ema-decay {self.ema_decay}: must lie in (0, 1)")
         _check(
             self.ema_decay is not None or not self.ema_warmup,

@@ -1,7 +1,6 @@
-"""The order in which a run sees its images, the changes to them, and their way to the device."""
+"""The order in which a run sees its images, the changes to them, and their last steps on the device."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,13 +9,14 @@ from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 
 from .config import AugmentationConfig, DataConfig
 from .distributed import World
 from .errors import UserError
-from .images import IN_MEMORY, Images, UnreadableImage
+from .images import Images, UnreadableImage
+from .loader import IGNORED_TARGET, Batches, BrokenImages, resolve_workers
 from .randomness import seed_host, stream_seed
 
 
@@ -29,23 +29,36 @@ class SampleKey(NamedTuple):
 
 
 class TrainDataset(Dataset):
-    """Training examples by :class:`SampleKey`: uint8 tensor of shape (3, H, W) and class index."""
+    """Training examples by :class:`SampleKey`: uint8 tensor of shape (3, H, W), class index, messages.
+
+    In the place of an image that cannot be read comes the next one that can, and the messages name the former.
+    """
+
+    MAX_REPLACEMENTS = 100
 
     def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], seed: int):
         self.images, self.transform, self.seed = images, transform, seed
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int] | UnreadableImage:
-        # Returned, not raised: raised in a worker process it would arrive wrapped in that process's traceback.
-        try:
-            image = self.images.load(key.index)
-        except UnreadableImage as error:
-            return error
-        seed_host(stream_seed("sample", self.seed, *key))
-        return self.transform(image), self.images.targets[key.index]
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, tuple[str, ...]]:
+        messages: list[str] = []
+        for offset in range(self.MAX_REPLACEMENTS):
+            index = (key.index + offset) % len(self.images.targets)
+            # Returned, not raised: raised in a worker process it would arrive wrapped in that process's traceback.
+            try:
+                image = self.images.load(index)
+            except UnreadableImage as error:
+                messages.append(str(error))
+                continue
+            seed_host(stream_seed("sample", self.seed, *key))
+            return self.transform(image), self.images.targets[index], tuple(messages)
+        raise RuntimeError(f"{self.MAX_REPLACEMENTS} images in a row cannot be read, the last: {messages[-1]}")
 
 
 class EvalDataset(Dataset):
-    """Held-out examples by index: uint8 tensor of shape (3, H, W) and class index."""
+    """Held-out examples by index: uint8 tensor of shape (3, H, W), class index, messages.
+
+    An image that cannot be read is black, and its class index is :data:`IGNORED_TARGET`.
+    """
 
     def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]):
         self.images, self.transform = images, transform
@@ -53,11 +66,11 @@ class EvalDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | UnreadableImage:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[str, ...]]:
         try:
-            return self.transform(self.images.load(index)), self.images.targets[index]
+            return self.transform(self.images.load(index)), self.images.targets[index], ()
         except UnreadableImage as error:
-            return error
+            return self.transform(Image.new("RGB", (32, 32))), IGNORED_TARGET, (str(error),)
 
 
 class TrainSampler(Sampler[list[SampleKey]]):
@@ -66,27 +79,46 @@ class TrainSampler(Sampler[list[SampleKey]]):
     Batch b of all processes together is one run of positions of the epoch's order; a process takes every
     ``world.size``-th of them, so that the same order is seen on any number of processes, and the repeats of an image
     fall to different ones. Images that do not fill a last batch wait for the next epoch's order.
+
+    Attributes:
+        epoch: the epoch of the next pass.
+        position: positions of the epoch's order that lie behind the run; the next pass goes on from there.
+        skip: batches that the next pass leaves out after that.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int, world: World):
         self.num_images, self.batch_size = num_images, batch_size
         self.seed, self.repeats, self.world = seed, repeats, world
-        self.epoch = 0
-        if len(self) == 0:
+        self.epoch = self.position = self.skip = 0
+        if self.per_epoch == 0:
             raise UserError(
                 f"--batch-size {batch_size} on {world.size} processes exceeds the {num_images} training images"
             )
 
+    @property
+    def width(self) -> int:
+        """Images of a batch of all processes together."""
+        return self.batch_size * self.world.size
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of a whole epoch."""
+        return self.num_images // self.width
+
+    def begin(self, epoch: int, position: int = 0) -> None:
+        """Let the next pass show an epoch, from a position on."""
+        self.epoch, self.position, self.skip = epoch, position, 0
+
     def __len__(self) -> int:
-        return self.num_images // (self.batch_size * self.world.size)
+        return max(0, (self.num_images - self.position) // self.width - self.skip)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(stream_seed("order", self.seed, self.epoch))
         indices = torch.randperm(self.num_images, generator=generator)
         # Stays a tensor: a million keys would take seconds and hundreds of megabytes in every process.
         indices = indices.repeat_interleave(self.repeats)[: self.num_images]
-        width, stride = self.batch_size * self.world.size, self.world.size
-        for start in range(self.world.rank, len(self) * width, width):
+        first, stride = self.position + self.skip * self.width + self.world.rank, self.world.size
+        for start in range(first, first + len(self) * self.width, self.width):
             positions = range(start, start + self.batch_size * stride, stride)
             own = indices[start : positions[-1] + 1 : stride].tolist()
             yield [
@@ -104,15 +136,17 @@ class EvalSampler(Sampler[list[int]]):
 
     def __init__(self, num_images: int, batch_size: int, world: World):
         self.num_images, self.batch_size = num_images, batch_size
+        self.skip = 0
         share = math.ceil(num_images / world.size)
         self.indices = [index % num_images for index in range(world.rank, share * world.size, world.size)]
         self.num_valid = len(range(world.rank, num_images, world.size))
 
     def __len__(self) -> int:
-        return math.ceil(len(self.indices) / self.batch_size)
+        return math.ceil(len(self.indices) / self.batch_size) - self.skip
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.indices), self.batch_size):
+        first, self.skip = self.skip * self.batch_size, 0
+        for start in range(first, len(self.indices), self.batch_size):
             yield self.indices[start : start + self.batch_size]
 
 
@@ -242,62 +276,25 @@ class Preprocess:
         return images.contiguous(memory_format=self.memory_format), targets
 
 
-def collate(batch: list) -> tuple[Tensor, Tensor] | UnreadableImage:
-    """Stack a batch; an image that could not be read takes the batch's place."""
-    broken = next((item for item in batch if isinstance(item, UnreadableImage)), None)
-    if broken is not None:
-        return broken
-    images, targets = zip(*batch, strict=True)
-    return torch.stack(images), torch.tensor(targets)
-
-
-class Batches:
-    """Iterate over batches of a dataset; raises :class:`UnreadableImage` in this process.
-
-    Args:
-        workers: loader processes, 0 for none.
-        device: pins memory where it is CUDA.
-    """
-
-    def __init__(self, dataset: Dataset, sampler: Sampler, workers: int, device: torch.device):
-        self.sampler = sampler
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-        )
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.loader:
-            if isinstance(batch, UnreadableImage):
-                raise batch
-            yield batch
-
-
-def resolve_workers(config: DataConfig) -> int:
-    """Loader processes: none for images in memory, where handing a batch over costs more than making it."""
-    if config.workers is not None:
-        return config.workers
-    return 0 if config.name in IN_MEMORY else min(8, os.cpu_count() or 1)
-
-
 def train_batches(
-    images: Images, data: DataConfig, augmentation: AugmentationConfig, spec: InputSpec, seed: int, world: World
+    images: Images,
+    data: DataConfig,
+    augmentation: AugmentationConfig,
+    spec: InputSpec,
+    seed: int,
+    world: World,
+    broken: BrokenImages | None = None,
 ) -> Batches:
-    """This process's training batches; set ``sampler.epoch`` before each pass."""
+    """This process's training batches; ``sampler.begin`` chooses the epoch before each pass."""
     dataset = TrainDataset(images, train_transform(augmentation, spec), seed)
     sampler = TrainSampler(len(images.targets), data.batch_size, seed, augmentation.repeats, world)
-    return Batches(dataset, sampler, resolve_workers(data), world.device)
+    return Batches(dataset, sampler, resolve_workers(data), world.device, broken or BrokenImages(data.max_broken))
 
 
-def eval_batches(images: Images, data: DataConfig, spec: InputSpec, world: World) -> Batches:
+def eval_batches(
+    images: Images, data: DataConfig, spec: InputSpec, world: World, broken: BrokenImages | None = None
+) -> Batches:
     """This process's share of the held-out images; ``sampler.num_valid`` of them count."""
     dataset = EvalDataset(images, eval_transform(spec))
     sampler = EvalSampler(len(images.targets), data.batch_size, world)
-    return Batches(dataset, sampler, resolve_workers(data), world.device)
+    return Batches(dataset, sampler, resolve_workers(data), world.device, broken or BrokenImages(data.max_broken))

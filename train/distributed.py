@@ -1,12 +1,37 @@
 """The processes of a run: one, or those that torchrun or Slurm started."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
+from torch import Tensor
 
 from .errors import UserError
+
+
+class Arrival:
+    """Numbers on their way from the device to the host, that the device need not wait for.
+
+    Args:
+        values: float tensor of shape (n,).
+    """
+
+    def __init__(self, values: Tensor):
+        self._values, self._event = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """Wait until the device has computed them: not for what was launched after them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 @dataclass(frozen=True)
@@ -35,13 +60,27 @@ class World:
         dist.all_reduce(total)
         return int(total)
 
-    def mean(self, value: float) -> float:
-        """The mean of a number over all processes."""
+    def any(self, value: bool) -> bool:
+        """Whether it is true in any process."""
+        return self.sum(int(value)) > 0
+
+    def add_up(self, values: Tensor) -> Arrival:
+        """The sums of float tensors (n,) over all processes; not a number where it is so in one of them."""
+        if self.is_distributed:
+            dist.all_reduce(values)
+        return Arrival(values)
+
+    def collect(self, value: Any) -> list[Any]:
+        """The objects of all processes, by rank, in each of them."""
         if not self.is_distributed:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total) / self.size
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """The first process's object, in each of them."""
+        return self.collect(value)[0]
 
     def wait(self) -> None:
         """Wait until every process is here, so that what the first one wrote is on the disk."""
@@ -49,11 +88,18 @@ class World:
             dist.barrier()
 
 
-def join_world(device: str) -> World:
+def first_exception(world: World, error: BaseException | None) -> str | None:
+    """What went wrong in the first process where something did, or None; all processes must call this."""
+    messages: Sequence[str | None] = world.collect(None if error is None else str(error) or type(error).__name__)
+    return next((message for message in messages if message is not None), None)
+
+
+def join_world(device: str, needs_group: bool = False) -> World:
     """Choose the device and, under torchrun or Slurm, join the process group (NCCL on CUDA, else Gloo).
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        needs_group: form a group even of a single process, as sharded models need.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +109,15 @@ def join_world(device: str) -> World:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     joined = init_distributed_device_so(device)
+    if needs_group and not dist.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(torch.device(joined["device"]), joined["global_rank"], joined["local_rank"], joined["world_size"])
+
+
+def is_restarted() -> bool:
+    """Whether torchrun started this process again after one of the run's processes died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def leave_world() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 USAGE_EXIT_CODE = 2
 STOPPED_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
+# EX_TEMPFAIL of sysexits.h: try again later.
+PAUSED_EXIT_CODE = 75
 
 
 class UserError(Exception):
@@ -19,6 +21,10 @@ class UserError(Exception):
 
 class RunStopped(RuntimeError):
     """A run that started well cannot go on, for example because its loss is no longer finite."""
+
+
+class RunPaused(Exception):
+    """A run was told by a signal to end, and has saved all that it needs to go on."""
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:
@@ -41,7 +47,8 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         argv: those arguments; ``--debug`` among them lets the exception through with its traceback.
 
     Returns:
-        What the command returned; 2 for a :class:`UserError`; 1 for a :class:`RunStopped`; 130 for Ctrl-C.
+        What the command returned; 2 for a :class:`UserError`; 1 for a :class:`RunStopped`; 75 for a
+        :class:`RunPaused`; 130 for Ctrl-C.
     """
     try:
         return command(argv)
@@ -50,6 +57,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
             raise
         print(f"{_rank_prefix()}error: {_one_line(error)}", file=sys.stderr)
         return USAGE_EXIT_CODE if isinstance(error, UserError) else STOPPED_EXIT_CODE
+    except RunPaused as pause:
+        print(f"{_rank_prefix()}paused: {_one_line(pause)}", file=sys.stderr)
+        return PAUSED_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE

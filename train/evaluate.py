@@ -4,15 +4,16 @@ import torch
 from timm.task import ClassificationEvaluator
 from torch import nn
 
-from .data import Batches, Preprocess
+from .data import Preprocess
 from .distributed import World
+from .loader import IGNORED_TARGET, Batches
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Batches, preprocess: Preprocess, autocast: torch.autocast, world: World
 ) -> dict[str, float | int]:
-    """Run the model over this process's share and sum over all processes.
+    """Run the model over this process's share and sum over all processes; unreadable images count for nothing.
 
     Args:
         model: images (B, 3, H, W) -> logits (B, classes); put into evaluation mode.
@@ -21,11 +22,19 @@ def evaluate(
         ``loss`` (cross-entropy, mean over images), ``top1`` and ``top5`` in percent, ``images`` counted.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device=world.device, max_samples=batches.sampler.num_valid)
+    evaluator = ClassificationEvaluator(device=world.device)
+    left = batches.sampler.num_valid
     for images, targets in batches:
         inputs, labels = preprocess(images, targets)
         with autocast:
             logits = model(inputs)
-        evaluator.update(logits, labels)
+        # The sampler fills the last batches up by wrapping around.
+        logits, labels = logits[:left], labels[:left]
+        left -= len(labels)
+        readable = targets[: len(labels)] != IGNORED_TARGET
+        if not readable.all():
+            logits, labels = logits[readable.to(logits.device)], labels[readable.to(labels.device)]
+        if len(labels):
+            evaluator.update(logits, labels)
     metrics = evaluator.compute(distributed=world.is_distributed)
     return {**metrics, "images": world.sum(evaluator.num_samples)}

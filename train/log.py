@@ -1,13 +1,15 @@
-"""What a run says: records on the disk, always, and progress on the screen, for the first process only."""
+"""Records of a run: on the disk always, and to TensorBoard and Weights & Biases where asked for."""
 
 import csv
 import io
 import json
-import sys
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..checkpoints import write_atomically
+from .errors import RunStopped, UserError
 
 EPOCH_FIELDS = (
     "epoch",
@@ -23,6 +25,62 @@ EPOCH_FIELDS = (
 )
 
 
+class Sink(Protocol):
+    """Another place that records go to."""
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take one record; ``step`` is its place on the axis of time."""
+        ...
+
+    def close(self) -> None:
+        """Send what is held back."""
+        ...
+
+
+class TensorBoardSink:
+    """Numbers of the records as scalars ``EVENT/NAME``; on resume, what lay after the checkpoint is left out."""
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard needs tensorboard: pip install 'vicinal[log]'") from error
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def add(self, record: dict[str, Any]) -> None:
+        for name, value in _numbers(record).items():
+            self.writer.add_scalar(f"{record['event']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbSink:
+    """Records in a project of Weights & Biases; a resumed run goes on in the same one."""
+
+    def __init__(self, project: str, folder: Path, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb needs wandb: pip install 'vicinal[log]'") from error
+        note = folder / "wandb_id.txt"
+        if not note.is_file():
+            write_atomically(note, lambda temporary: Path(temporary).write_text(uuid.uuid4().hex))
+        self.run = wandb.init(
+            project=project, id=note.read_text(), name=folder.name, dir=str(folder), config=config, resume="allow"
+        )
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.run.log({f"{record['event']}/{name}": value for name, value in _numbers(record).items()}, record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name != "step" and isinstance(value, (int, float))}
+
+
 class MetricsLog:
     """Records of a run: every one as a line of ``metrics.jsonl``, those of epochs also as a row of ``metrics.csv``.
 
@@ -30,26 +88,41 @@ class MetricsLog:
 
     Args:
         jsonl, table: the two files.
-        records: what the run said before it was resumed; replaces the files' content, so that what an interrupted epoch
-            wrote does not appear twice.
+        records: what the run said before it was resumed; replaces the files' content, so that what came after the
+            checkpoint does not appear twice.
+        sinks: other places to send new records to.
     """
 
-    def __init__(self, jsonl: Path, table: Path, records: list[dict[str, Any]]):
-        self.jsonl, self.table = jsonl, table
+    def __init__(self, jsonl: Path, table: Path, records: list[dict[str, Any]], sinks: Sequence[Sink] = ()):
+        self.jsonl, self.table, self.sinks = jsonl, table, sinks
         self.epochs = [record for record in records if record["event"] == "epoch"]
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_atomically(jsonl, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
         self._write_table()
 
     def add(self, event: str, **values: Any) -> dict[str, Any]:
-        """Append one record of an event, ``step`` or ``epoch``."""
+        """Append one record of an event: ``step``, ``epoch``, ``skipped`` or ``unreadable``.
+
+        Raises:
+            RunStopped: it cannot be written.
+        """
         record = {"event": event, **values}
-        with self.jsonl.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if event == "epoch":
-            self.epochs.append(record)
-            self._write_table()
+        try:
+            with self.jsonl.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if event == "epoch":
+                self.epochs.append(record)
+                self._write_table()
+        except OSError as error:
+            raise RunStopped(f"cannot write {self.jsonl}: {error.strerror}; the last checkpoint is intact") from error
+        for sink in self.sinks:
+            sink.add(record)
         return record
+
+    def close(self) -> None:
+        """Let the sinks send what they hold back."""
+        for sink in self.sinks:
+            sink.close()
 
     def _write_table(self) -> None:
         text = io.StringIO()
@@ -59,96 +132,20 @@ class MetricsLog:
         write_atomically(self.table, lambda temporary: Path(temporary).write_text(text.getvalue(), encoding="utf-8"))
 
 
-def read_records(path: Path, last_epoch: int | None = None) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, up to an epoch if one is given; a torn last line is left out."""
+def read_records(path: Path, last_epoch: int | None = None, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``, up to a finished epoch and an update if they are given.
+
+    A torn last line is left out.
+    """
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return [record for record in records if last_epoch is None or record["epoch"] <= last_epoch]
-
-
-class Screen(Protocol):
-    """Progress for a person."""
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        ...
-
-    def begin(self, epoch: int, batches: int) -> None:
-        """An epoch of so many batches starts."""
-        ...
-
-    def advance(self, loss: float) -> None:
-        """One batch is done; ``loss`` is the newest one known."""
-        ...
-
-    def close(self) -> None:
-        """The run is over; give the terminal back."""
-        ...
-
-
-class SilentScreen:
-    """For every process but the first."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def begin(self, epoch: int, batches: int) -> None:
-        """Nothing."""
-
-    def advance(self, loss: float) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class PlainScreen(SilentScreen):
-    """Lines, for files and pipes."""
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-
-class TerminalScreen:
-    """A bar for the running epoch and the whole run, with the lines above it."""
-
-    def __init__(self, epochs: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-        )
-        self.epochs = epochs
-        self.bar = None
-        self.progress.start()
-
-    def say(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False, soft_wrap=True)
-
-    def begin(self, epoch: int, batches: int) -> None:
-        if self.bar is not None:
-            self.progress.remove_task(self.bar)
-        self.bar = self.progress.add_task(f"epoch {epoch + 1}/{self.epochs}", total=batches, loss=float("nan"))
-
-    def advance(self, loss: float) -> None:
-        self.progress.update(self.bar, advance=1, loss=loss)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.progress.remove_task(self.bar)
-        self.progress.stop()
-
-
-def open_screen(is_primary: bool, epochs: int) -> Screen:
-    """Bars on a terminal, plain lines elsewhere, nothing in other processes."""
-    if not is_primary:
-        return SilentScreen()
-    return TerminalScreen(epochs) if sys.stdout.isatty() else PlainScreen()
+    return [
+        record
+        for record in records
+        if (last_step is None or record["step"] <= last_step)
+        and (last_epoch is None or record["event"] != "epoch" or record["epoch"] <= last_epoch)
+    ]

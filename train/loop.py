@@ -1,27 +1,30 @@
 """The loop: epochs of updates, evaluation after each, checkpoints, and records of it all."""
 
-import math
+import os
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
-from torch import Tensor
+from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
-from .build import autocast, build_model, build_optimizer, build_scheduler, build_task, record_input
+from ..checkpoints import save
+from .build import autocast, resolve_precision
 from .config import TrainConfig
-from .data import InputSpec, Preprocess, eval_batches, train_batches
-from .distributed import World
-from .errors import RunStopped, UserError
+from .distributed import World, first_exception, is_restarted
+from .errors import RunPaused, RunStopped, UserError
 from .evaluate import evaluate
-from .images import open_images
-from .log import MetricsLog, Screen, open_screen, read_records
-from .randomness import seed_all, stream_seed
+from .folder import RunFolder, find_resume_point
+from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, read_records
+from .profiling import UpdateProfiler
 from .recipe import write_recipe
-from .state import RunFolder, TrainState, find_resume_point
+from .screen import Progress, open_screen, peak_memory
+from .setup import build_setup
+from .sharding import all_finite
+from .signals import StopRequest
+from .update import Batch, Updater, UpdateReport, groups_of
 
 
 @dataclass(frozen=True)
@@ -35,33 +38,29 @@ class Outcome:
     folder: RunFolder
 
 
-class LossWatch:
-    """Reads each loss one batch late, so that the device need not wait, and stops at one that is not finite."""
+class Meter:
+    """Throughput of the running epoch, as far as this process trained it."""
 
-    def __init__(self):
-        self.total, self.count, self.latest = 0.0, 0, math.nan
-        self._pending: Tensor | None = None
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.images = self.updates = 0
 
-    def add(self, loss: Tensor, where: str) -> None:
-        """Take the loss of the batch just launched, and read the one before it."""
-        self.read(where)
-        self._pending = loss.detach()
-
-    def read(self, where: str) -> float:
-        """Wait for the loss taken last, and return it."""
-        if self._pending is not None:
-            self.latest, self._pending = float(self._pending), None
-            self.total, self.count = self.total + self.latest, self.count + 1
-        if self.count and not math.isfinite(self.latest):
-            raise RunStopped(
-                f"the loss is {self.latest} by {where}: lower --lr, set --clip-grad 1.0, or use --precision float32; "
-                "the last checkpoint is from before"
-            )
-        return self.latest
+    def add(self, images: int) -> None:
+        """An update of so many images, of all processes, is done."""
+        self.images += images
+        self.updates += 1
 
     @property
-    def mean(self) -> float:
-        return self.total / max(self.count, 1)
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    def seconds_for(self, updates: int) -> float:
+        """How long so many updates will take; not a number before the first."""
+        return updates * self.seconds / self.updates if self.updates else float("nan")
 
 
 class Trainer:
@@ -78,95 +77,112 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world = config, world
         self.folder = RunFolder(config.run.output or default_output(config))
-        resume_point = find_resume_point(config.run.resume, self.folder)
-        seed_all(stream_seed("weights", config.run.seed))
-        self._build()
+        resume_point, self.notes = find_resume_point(config.run.resume, self.folder, world)
+        self.setup = setup = build_setup(config, world)
+        self.state = setup.state
         if resume_point is not None:
-            self.state.restore(resume_point)
+            self.state.restore(resume_point, world)
+            setup.broken.messages = list(self.state.broken)
+        self.stop = StopRequest()
+        self.updater = Updater(
+            config,
+            world,
+            self.state,
+            setup.preprocess,
+            should_stop=lambda: self.stop.name is not None,
+            count_broken=lambda: len(setup.broken.fresh),
+        )
         self._open_folder(resume_point)
 
-    def _build(self) -> None:
-        config, world = self.config, self.world
-        train_images, val_images = open_images(config.data)
-        num_classes = len(train_images.classes)
-        model = build_model(config.model, config.data.img_size, num_classes)
-        self.spec = InputSpec.resolve(config.data, model.pretrained_cfg)
-        record_input(model, self.spec, train_images.classes)
-        self.batches = train_batches(train_images, config.data, config.augmentation, self.spec, config.run.seed, world)
-        self.val_batches = eval_batches(val_images, config.data, self.spec, world)
-        memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        smoothing = config.optimizer.label_smoothing
-        self.preprocess = Preprocess(
-            self.spec, world.device, num_classes, smoothing, config.augmentation, memory_format
-        )
-        self.val_preprocess = Preprocess(self.spec, world.device, num_classes, memory_format=memory_format)
-        task = build_task(model, config, world)
-        optimizer = build_optimizer(model, config.optimizer)
-        scaler = NativeScaler(world.device.type) if config.run.precision == "float16" else None
-        self.state = TrainState(task, optimizer, scaler)
-        self.updates_per_epoch = math.ceil(len(self.batches) / config.optimizer.accumulation)
-        self.scheduler = build_scheduler(optimizer, config.schedule, self.updates_per_epoch)
-
     def _open_folder(self, resume_point: Path | None) -> None:
-        self.log = None
-        if self.world.is_primary:
-            records = self._claim_folder(resume_point)
-            self.log = MetricsLog(self.folder.metrics, self.folder.table, records)
-            write_recipe(self.config, self.folder.config)
-        self.world.wait()
+        self.log: MetricsLog | None = None
+        error = None
+        try:
+            if self.world.is_primary:
+                records = self._claim_folder(resume_point)
+                self.log = MetricsLog(self.folder.metrics, self.folder.table, records, self._open_sinks())
+                write_recipe(self.config, self.folder.config)
+        except UserError as caught:
+            self.folder.release()
+            error = caught
+        if message := first_exception(self.world, error):
+            raise UserError(message) from error
 
     def _claim_folder(self, resume_point: Path | None) -> list[dict]:
         if resume_point is None:
-            # Under auto, a folder without a checkpoint is that of a run that ended in its first epoch.
-            self.folder.claim(may_hold_files=self.config.run.resume == "auto")
+            # Under auto, a folder without a checkpoint is that of a run that ended before its first one.
+            self.folder.claim(may_hold_files=self.config.run.resume == "auto" or is_restarted())
             return []
         source = RunFolder(resume_point.parent)
         self.folder.claim(may_hold_files=source.path.resolve() == self.folder.path.resolve())
-        return read_records(source.metrics, last_epoch=self.state.epoch)
+        return read_records(source.metrics, last_epoch=self.state.epoch, last_step=self.state.step)
+
+    def _open_sinks(self) -> list[Sink]:
+        run, sinks = self.config.run, []
+        if run.tensorboard:
+            sinks.append(TensorBoardSink(self.folder.path / "tensorboard", self.state.step))
+        if run.wandb is not None:
+            sinks.append(WandbSink(run.wandb, self.folder.path, asdict(self.config)))
+        return sinks
 
     def fit(self) -> Outcome:
-        """Train until the last epoch is done."""
+        """Train until the last epoch is done.
+
+        Raises:
+            RunPaused: a signal came; the state is saved.
+            RunStopped: the run cannot go on.
+        """
         epochs, state = self.config.schedule.epochs, self.state
-        screen = open_screen(self.world.is_primary, epochs)
-        screen.say(self._describe())
+        self.screen = open_screen(self.world.is_primary, epochs)
+        self.profiler = UpdateProfiler(self.config.run.profile if self.world.is_primary else 0, self.folder.path)
+        for line in (*self.notes, self._describe()):
+            self.screen.say(line)
         try:
-            while state.epoch < epochs:
-                self._run_epoch(screen)
+            with self.stop:
+                while state.epoch < epochs:
+                    self._run_epoch()
         finally:
-            screen.close()
-        return self._outcome()
+            self.screen.close()
+            self.profiler.close()
+            if self.log is not None:
+                self.log.close()
+            self.folder.release()
+        return Outcome(state.top1, state.best_top1, state.best_epoch, self.folder)
 
     def _describe(self) -> str:
-        model, config = unwrap_model(self.state.task.get_trainable_module()), self.config
+        model, config, setup = self.state.model, self.config, self.setup
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = "x".join(map(str, self.spec.img_size))
-        train, held_out = self.batches.sampler.num_images, self.val_batches.sampler.num_images
+        size = "x".join(map(str, setup.spec.img_size))
+        train, held_out = setup.batches.sampler.num_images, setup.val_batches.sampler.num_images
+        start = f"; from epoch {self.state.epoch + 1}, update {self.state.step}" if self.state.step else ""
         return (
             f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {size} px; {config.data.name}: "
             f"{train} training and {held_out} held-out images, {model.num_classes} classes; "
-            f"{self.world.size} x {self.world.device}"
+            f"{self.world.size} x {self.world.device}, {resolve_precision(config.run, self.world.device)}{start}"
         )
 
-    def _run_epoch(self, screen: Screen) -> None:
-        state, started = self.state, time.perf_counter()
-        screen.begin(state.epoch, len(self.batches))
-        train_loss = self._train_epoch(screen)
-        seconds = time.perf_counter() - started
+    def _run_epoch(self) -> None:
+        state = self.state
+        meter = self._train_epoch()
+        seconds, rate = meter.seconds, meter.images_per_second
         metrics = self._evaluate()
         record = {
             "epoch": state.epoch + 1,
             "step": state.step,
             "lr": self._lr(),
-            "train_loss": train_loss,
+            "train_loss": state.loss_sum / max(state.loss_batches, 1),
             **{f"val_{name}": value for name, value in metrics.items()},
-            "images_per_second": len(self.batches) * self.config.data.batch_size * self.world.size / seconds,
+            "images_per_second": rate,
             "seconds": seconds,
         }
-        state.epoch += 1
+        state.epoch, state.position = state.epoch + 1, 0
+        state.loss_sum, state.loss_batches = 0.0, 0
         if self.log is not None:
             self.log.add("epoch", **record)
-        self._save(metrics["top1"])
-        screen.say(self._epoch_line(record))
+        self._save_epoch(metrics["top1"])
+        self.screen.say(self._epoch_line(record))
+        if self.world.any(self.stop.name is not None) and state.epoch < self.config.schedule.epochs:
+            self._pause()
 
     def _epoch_line(self, record: dict) -> str:
         return (
@@ -175,71 +191,81 @@ class Trainer:
             f"top-1 {record['val_top1']:6.2f} %  {record['images_per_second']:.0f} images/s"
         )
 
-    def _train_epoch(self, screen: Screen) -> float:
-        config, state, watch = self.config, self.state, LossWatch()
-        accumulation, total = config.optimizer.accumulation, len(self.batches)
-        self.batches.sampler.epoch = state.epoch
+    def _train_epoch(self) -> Meter:
+        state, sampler = self.state, self.setup.batches.sampler
+        sampler.begin(state.epoch, state.position)
         state.task.get_trainable_module().train()
-        for number, (images, targets) in enumerate(self.batches):
-            group_start = number - number % accumulation
-            # The last group of an epoch may be smaller; its mean is over the batches that it has.
-            group_size = min(accumulation, total - group_start)
-            completes = number == group_start + group_size - 1
-            if number == group_start:
-                self.scheduler.step_update(state.step)
-            seed_all(stream_seed("batch", config.run.seed, state.epoch, number, self.world.rank))
-            watch.add(self._accumulate(images, targets, group_size, completes), self._where())
-            if completes:
-                self._after_update(watch)
-            screen.advance(watch.latest)
-        watch.read(self._where())
-        return self.world.mean(watch.mean)
+        meter = Meter()
+        for group in groups_of(self.setup.batches, self.config.optimizer.accumulation):
+            self.setup.scheduler.step_update(self._updates_before())
+            report = self.updater.run(group, (state.epoch, state.position))
+            state.position += len(group) * sampler.width
+            meter.add(len(group) * sampler.width)
+            self._note(report, group, meter)
+            if report.stop:
+                self._save_last()
+                self._pause()
+            self._save_inside_epoch()
+        return meter
 
-    def _where(self) -> str:
-        return f"epoch {self.state.epoch + 1}, update {self.state.step}"
+    def _updates_before(self) -> int:
+        """Updates that lead here on these processes: what the schedule goes by."""
+        per_update = self.setup.batches.sampler.width * self.config.optimizer.accumulation
+        return self.state.epoch * self.setup.updates_per_epoch + self.state.position // per_update
 
-    def _accumulate(self, images: Tensor, targets: Tensor, group_size: int, completes: bool) -> Tensor:
-        """Forward and backward of one batch, and the update if it completes its group; returns the loss."""
-        task, state, config = self.state.task, self.state, self.config.optimizer
-        images, targets = self.preprocess(images, targets)
-        with nullcontext() if completes else task.no_sync():
-            with autocast(self.config.run, self.world.device):
-                loss = task(images, targets)["loss"]
-            scaled = loss / group_size
-            if state.scaler is not None:
-                self._scaled_update(scaled, completes)
-            else:
-                scaled.backward()
-        if completes and state.scaler is None:
-            if config.clip_grad is not None:
-                dispatch_clip_grad(self._clipped_parameters(), config.clip_grad, config.clip_mode)
-            state.optimizer.step()
-        if completes:
-            state.optimizer.zero_grad()
-        return loss
-
-    def _scaled_update(self, loss: Tensor, completes: bool) -> None:
-        config = self.config.optimizer
-        self.state.scaler(
-            loss,
-            self.state.optimizer,
-            clip_grad=config.clip_grad,
-            clip_mode=config.clip_mode,
-            parameters=self._clipped_parameters(),
-            need_update=completes,
+    def _note(self, report: UpdateReport, group: Sequence[Batch], meter: Meter) -> None:
+        """Keep the books of an update."""
+        state, config = self.state, self.config
+        if report.broken:
+            self._share_broken_images()
+        if not report.is_finite:
+            self._note_skip(report, group)
+            return
+        state.loss_sum += report.loss * len(group)
+        state.loss_batches += len(group)
+        memory = peak_memory(self.world.device)
+        if self.log is not None and state.step % config.run.log_interval == 0:
+            values = {"lr": self._lr(), "train_loss": report.loss, "images_per_second": meter.images_per_second}
+            self.log.add("step", epoch=state.epoch + 1, step=state.step, **values, memory=memory)
+        done = self._updates_before() - state.epoch * self.setup.updates_per_epoch
+        left = config.schedule.epochs * self.setup.updates_per_epoch - self._updates_before()
+        progress = Progress(
+            epoch=state.epoch + 1,
+            done=min(done, self.setup.updates_per_epoch),
+            total=self.setup.updates_per_epoch,
+            loss=report.loss,
+            images_per_second=meter.images_per_second,
+            seconds_left=meter.seconds_for(max(left, 0)),
+            memory=memory,
         )
+        self.screen.advance(progress)
+        if line := self.profiler.step():
+            self.screen.say(line)
 
-    def _clipped_parameters(self) -> list[Tensor]:
-        # Adaptive clipping leaves the classifier alone (Brock et al. 2021, section 4.1).
-        return list(self.state.task.get_clip_parameters(exclude_head=self.config.optimizer.clip_mode == "agc"))
+    def _share_broken_images(self) -> None:
+        messages = [message for share in self.world.collect(self.setup.broken.fresh) for message in share]
+        for message in self.setup.broken.merge(messages):
+            self.screen.say(f"{message}; another image takes its place")
+            if self.log is not None:
+                self.log.add("unreadable", epoch=self.state.epoch + 1, step=self.state.step, message=message)
+        self.state.broken = list(self.setup.broken.messages)
 
-    def _after_update(self, watch: LossWatch) -> None:
-        state = self.state
-        state.step += 1
-        state.task.update_ema(step=state.step)
-        if self.log is not None and state.step % self.config.run.log_interval == 0:
-            loss = watch.read(self._where())
-            self.log.add("step", epoch=state.epoch + 1, step=state.step, lr=self._lr(), train_loss=loss)
+    def _note_skip(self, report: UpdateReport, group: Sequence[Batch]) -> None:
+        state, limit = self.state, self.config.optimizer.max_skips
+        where = f"the loss is {report.loss} in epoch {state.epoch + 1}, update {state.step}"
+        self.screen.say(f"{where}: update {state.skips} of at most {limit} in a row is left out")
+        if self.log is not None:
+            self.log.add("skipped", epoch=state.epoch + 1, step=state.step, train_loss=str(report.loss))
+        if state.skips <= limit:
+            return
+        path = self.folder.path / f"nonfinite-{self.world.rank:05d}.safetensors"
+        images, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
+        save(path, {"images": images, "targets": targets}, {"where": where})
+        finite = all_finite(state.model.parameters())
+        raise RunStopped(
+            f"{where}, and was so {state.skips} times in a row; the weights are {'' if finite else 'not '}finite; "
+            f"the batch is in {path}; lower --lr, set --clip-grad 1.0, or use --precision float32"
+        )
 
     def _lr(self) -> float:
         """The learning rate of the last update; the largest, where layers differ."""
@@ -254,23 +280,47 @@ class Trainer:
         model = task.get_eval_model(ema=task.has_ema())
         # DDP's forward pass would synchronise buffers at every batch.
         model = model.module if isinstance(model, DistributedDataParallel) else model
-        return evaluate(model, self.val_batches, self.val_preprocess, context, self.world)
+        metrics = evaluate(model, self.setup.val_batches, self.setup.val_preprocess, context, self.world)
+        if self.world.any(bool(self.setup.broken.fresh)):
+            self._share_broken_images()
+        return metrics
 
-    def _save(self, top1: float) -> None:
-        state = self.state
+    def _save_inside_epoch(self) -> None:
+        interval = self.config.run.save_interval
+        is_due = interval is not None and self.state.step % interval == 0
+        # The epoch's end brings its own checkpoint.
+        if is_due and self.setup.batches.sampler.num_images - self.state.position >= self.setup.batches.sampler.width:
+            self._save_last()
+
+    def _save_last(self) -> None:
+        if self.world.any(not all_finite(self.state.model.parameters())):
+            raise RunStopped(
+                f"the weights are not finite by epoch {self.state.epoch + 1}, update {self.state.step}: lower --lr, "
+                "set --clip-grad 1.0, or use --precision float32; the last checkpoint is from before"
+            )
+        write = self.state.prepare(self.world, as_shares=self.config.run.sharded_checkpoints)
+        self.folder.replace("last", write, self.world)
+
+    def _save_epoch(self, top1: float) -> None:
+        state, run = self.state, self.config.run
         state.top1 = top1
         improved = top1 > state.best_top1
         if improved:
             state.best_top1, state.best_epoch = top1, state.epoch
-        if self.world.is_primary:
-            if improved:
-                self.folder.replace("best", state.save_weights)
-            self.folder.replace("last", state.save)
-        self.world.wait()
+        self._save_last()
+        if improved:
+            self.folder.replace("best", state.prepare_model(self.world), self.world)
+        if run.save_epochs is not None and state.epoch % run.save_epochs == 0:
+            self.folder.replace(f"epoch-{state.epoch:04d}", state.prepare(self.world), self.world)
+            if self.world.is_primary:
+                self.folder.keep_newest(run.keep)
 
-    def _outcome(self) -> Outcome:
-        state = self.state
-        return Outcome(state.top1, state.best_top1, state.best_epoch, self.folder)
+    def _pause(self) -> None:
+        name = next((name for name in self.world.collect(self.stop.name) if name), "a signal")
+        raise RunPaused(
+            f"{name} after epoch {self.state.epoch}, update {self.state.step}: saved in "
+            f"{self.folder.path / 'last'}; --resume auto goes on from there"
+        )
 
 
 def default_output(config: TrainConfig) -> str:
@@ -278,12 +328,21 @@ def default_output(config: TrainConfig) -> str:
     return str(Path("runs") / f"{Path(config.model.name).name}-{Path(config.data.name).name}")
 
 
-def train(config: TrainConfig, world: World) -> Outcome:
-    """Run a configuration from its start, or from where ``run.resume`` says, to its end."""
+def prepare_process(config: TrainConfig, world: World) -> None:
+    """Settings of the process that hold for all that it does."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    if config.run.deterministic:
+        # cuBLAS reads it when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if config.run.report and world.is_primary:
         _require_matplotlib()
+
+
+def train(config: TrainConfig, world: World) -> Outcome:
+    """Run a configuration from its start, or from where ``run.resume`` says, to its end."""
+    prepare_process(config, world)
     return Trainer(config, world).fit()
 
 

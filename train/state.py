@@ -1,28 +1,46 @@
-"""What a run is at one moment, and the folder it is kept in.
+"""What a run is at one moment: what a checkpoint holds.
 
-Random generators are not part of it (see :mod:`.randomness`), and neither is the schedule, a function of ``step``.
+Random generators are not part of it (see :mod:`.randomness`), and neither is the schedule, a function of ``epoch`` and
+``position``.
 """
 
 import math
-import os
 import pickle
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, unwrap_model
-from torch import Tensor
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints import load, save, save_model, write_atomically
+from .distributed import World
 from .errors import UserError, first_line
+from .folder import TRAINER_STATE
+from .sharding import (
+    as_wholes,
+    empty_shares,
+    load_shares,
+    load_wholes,
+    mesh_of,
+    optimizer_shares,
+    save_shares,
+    take_out_shares,
+)
 
 TRAINING_WEIGHTS = "training_weights.safetensors"
-TRAINER_STATE = "trainer.pt"
-_FORMAT = 1
-_PROGRESS = ("epoch", "step", "top1", "best_top1", "best_epoch")
+SHARES = "shares"
+_FORMAT = 2
+_PROGRESS = (
+    *("epoch", "position", "step", "loss_sum", "loss_batches", "skips", "broken"),
+    *("top1", "best_top1", "best_epoch"),
+)
 
 
 @dataclass
@@ -31,60 +49,179 @@ class TrainState:
 
     task: TrainingTask
     optimizer: torch.optim.Optimizer
-    scaler: NativeScaler | None = None
+    scaler: torch.amp.GradScaler | None = None
     epoch: int = 0
     """Epochs finished."""
+    position: int = 0
+    """Images of the unfinished epoch's order that all processes have trained on."""
     step: int = 0
-    """Updates done."""
+    """Updates done or skipped."""
+    loss_sum: float = 0.0
+    """Sum over the batches of the unfinished epoch of their loss."""
+    loss_batches: int = 0
+    skips: int = 0
+    """Updates skipped in a row, up to now."""
+    broken: list[str] = field(default_factory=list)
+    """Messages of the images that could not be read."""
     top1: float = math.nan
     """Held-out accuracy after the last finished epoch, percent."""
     best_top1: float = -math.inf
     best_epoch: int = 0
 
-    def weights(self, average: bool) -> dict[str, Tensor]:
-        """The network's state dict: the moving average's, or the weights under training."""
-        return unwrap_model(self.task.get_trainable_module(ema=average)).state_dict()
+    @property
+    def model(self) -> nn.Module:
+        """The network under training, without wrappers."""
+        return unwrap_model(self.task.get_trainable_module())
 
-    def save_weights(self, folder: Path) -> None:
-        """Write the weights that evaluation sees (the average, if there is one) as a timm model folder."""
-        model = unwrap_model(self.task.get_trainable_module())
-        save_model(folder, model, self.weights(average=self.task.has_ema()))
+    @property
+    def is_sharded(self) -> bool:
+        return mesh_of(self.model) is not None
 
-    def save(self, folder: Path) -> None:
-        """Write the model folder and, beside it, what only the trainer needs."""
-        self.save_weights(folder)
-        if self.task.has_ema():
-            save(folder / TRAINING_WEIGHTS, self.weights(average=False))
+    def weights(self, average: bool, keep: bool = True) -> dict[str, Tensor]:
+        """The network's state dict: the moving average's, or the weights under training.
+
+        All processes of a sharded model call this together; ``keep=False`` gives the memory back at once.
+        """
+        state = unwrap_model(self.task.get_trainable_module(ema=average)).state_dict()
+        return as_wholes(state, keep)
+
+    def prepare_model(self, world: World) -> Callable[[Path], None]:
+        """Gather the weights that evaluation sees (the average, if there is one); returns what writes them."""
+        weights = self.weights(self.task.has_ema(), keep=world.is_primary)
+
+        def write(folder: Path) -> None:
+            if world.is_primary:
+                save_model(folder, self.model, weights)
+
+        return write
+
+    def prepare(self, world: World, as_shares: bool = False) -> Callable[[Path], None]:
+        """Gather everything that a checkpoint holds; returns what writes it.
+
+        Each process calls both. Gathering needs all of them, and writing none of the others, so that a full disk leaves
+        nobody waiting (shares are written by torch, which tells all processes of a failure in one).
+
+        Args:
+            as_shares: leave weights and optimizer in shares, each written by its process.
+        """
+        if as_shares:
+            optimizer, shares = take_out_shares(self.optimizer.state_dict())
+            shares.update(self._model_shares())
+            write_tensors = partial(_write_shares, shares)
+        else:
+            optimizer = as_wholes(self.optimizer.state_dict(), keep=world.is_primary)
+            write_tensors = self._whole_writer(world)
         progress = {
             "format": _FORMAT,
+            "processes": world.size,
+            "average": self.task.has_ema(),
             **{name: getattr(self, name) for name in _PROGRESS},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
-        write_atomically(folder / TRAINER_STATE, lambda temporary: torch.save(progress, temporary))
+        buffers = self._own_buffers()
 
-    def restore(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote.
+        def write(folder: Path) -> None:
+            write_tensors(folder)
+            if world.is_distributed and buffers:
+                save(folder / _buffers_name(world.rank), buffers)
+            if world.is_primary:
+                write_atomically(folder / TRAINER_STATE, lambda temporary: torch.save(progress, temporary))
+
+        return write
+
+    def _whole_writer(self, world: World) -> Callable[[Path], None]:
+        write_model = self.prepare_model(world)
+        training = self.weights(average=False, keep=world.is_primary) if self.task.has_ema() else None
+
+        def write(folder: Path) -> None:
+            write_model(folder)
+            if world.is_primary and training is not None:
+                save(folder / TRAINING_WEIGHTS, training)
+
+        return write
+
+    def _model_shares(self) -> dict[str, Tensor]:
+        kinds = ("weights", "average") if self.task.has_ema() else ("weights",)
+        return {
+            f"{kind}.{name}": tensor
+            for kind in kinds
+            for name, tensor in unwrap_model(self.task.get_trainable_module(ema=kind == "average")).state_dict().items()
+        }
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """Statistics of batch norm, which differ from process to process until an epoch ends."""
+        return {
+            f"{average}.{name}.{key}": buffer
+            for average in ((False, True) if self.task.has_ema() else (False,))
+            for name, module in unwrap_model(self.task.get_trainable_module(ema=average)).named_modules()
+            if isinstance(module, _BatchNorm)
+            for key, buffer in module.named_buffers(recurse=False)
+        }
+
+    def restore(self, folder: Path, world: World) -> None:
+        """Read what :meth:`prepare` wrote, on any number of processes, sharded or not.
 
         Raises:
             UserError: a file is missing or damaged, or belongs to another model or other settings.
         """
         progress = _read_progress(folder / TRAINER_STATE)
-        has_average = (folder / TRAINING_WEIGHTS).is_file()
-        if has_average != self.task.has_ema():
-            fix = "give the same --ema-decay" if has_average else "leave out --ema-decay"
-            raise UserError(f"--resume {folder}: saved {'with' if has_average else 'without'} an average; {fix}")
+        as_shares = (folder / SHARES).is_dir()
+        if as_shares and not self.is_sharded:
+            raise UserError(f"--resume {folder}: written with --sharded-checkpoints; add --parallel fsdp to read it")
+        self._check_average(folder, progress["average"])
         try:
-            if has_average:
-                self.task.load_checkpoint_state(load(folder), ema=True)
-            self.task.load_checkpoint_state(load(folder / TRAINING_WEIGHTS if has_average else folder))
-            self.optimizer.load_state_dict(progress["optimizer"])
+            if as_shares:
+                self._restore_shares(folder, progress)
+            else:
+                self._restore_wholes(folder, progress)
             if self.scaler and progress["scaler"]:
                 self.scaler.load_state_dict(progress["scaler"])
-        except (ValueError, RuntimeError, KeyError) as error:
+            own = folder / _buffers_name(world.rank)
+            if own.is_file() and progress["processes"] == world.size:
+                self._restore_buffers(load(own))
+        except (ValueError, RuntimeError, KeyError, CheckpointException) as error:
             raise UserError(f"--resume {folder}: does not fit this model and optimizer: {first_line(error)}") from error
         for name in _PROGRESS:
             setattr(self, name, progress[name])
+
+    def _restore_wholes(self, folder: Path, progress: dict[str, Any]) -> None:
+        has_average = progress["average"]
+        if has_average:
+            load_wholes(unwrap_model(self.task.get_trainable_module(ema=True)), load(folder))
+        load_wholes(self.model, load(folder / TRAINING_WEIGHTS if has_average else folder))
+        optimizer = progress["optimizer"]
+        if self.is_sharded:
+            optimizer = optimizer_shares(optimizer, self._parameters())
+        self.optimizer.load_state_dict(optimizer)
+
+    def _restore_shares(self, folder: Path, progress: dict[str, Any]) -> None:
+        optimizer = empty_shares(progress["optimizer"], self._parameters())
+        _, shares = take_out_shares(optimizer)
+        model = self._model_shares()
+        # In place: the tensors of the model are what is read into.
+        load_shares(folder / SHARES, {**shares, **model})
+        self.optimizer.load_state_dict(optimizer)
+
+    def _check_average(self, folder: Path, has_average: bool) -> None:
+        if has_average != self.task.has_ema():
+            fix = "give the same --ema-decay" if has_average else "leave out --ema-decay"
+            raise UserError(f"--resume {folder}: saved {'with' if has_average else 'without'} an average; {fix}")
+
+    def _restore_buffers(self, saved: dict[str, Tensor]) -> None:
+        for name, buffer in self._own_buffers().items():
+            buffer.copy_(saved[name])
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def _write_shares(shares: dict[str, Tensor], folder: Path) -> None:
+    save_shares(folder / SHARES, shares)
+
+
+def _buffers_name(rank: int) -> str:
+    return f"buffers-{rank:05d}.safetensors"
 
 
 def _read_progress(path: Path) -> dict:
@@ -95,65 +232,3 @@ def _read_progress(path: Path) -> dict:
     if not isinstance(progress, dict) or progress.get("format") != _FORMAT:
         raise UserError(f"--resume: {path} is not a trainer state of this version")
     return progress
-
-
-class RunFolder:
-    """The folder of one run.
-
-    Holds ``config.yaml``, ``metrics.jsonl``, ``metrics.csv``, ``last/`` (the newest checkpoint, from which a run
-    resumes) and ``best/`` (the model with the highest held-out accuracy). A checkpoint folder is replaced as a whole:
-    at every moment a complete one exists, under its name or, between two renames, under ``NAME.previous``.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
-        self.table, self.report = self.path / "metrics.csv", self.path / "report.png"
-
-    def claim(self, may_hold_files: bool) -> None:
-        """Create the folder; refuse one that holds anything, unless it is this run's own."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output {self.path}: is a file; give a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not may_hold_files:
-            raise UserError(
-                f"--output {self.path}: is not empty; --resume auto goes on from its last checkpoint, "
-                "or give another --output"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-
-    def checkpoint(self, name: str) -> Path | None:
-        """The complete checkpoint folder ``last`` or ``best``, or None."""
-        candidates = (self.path / name, self._previous(name))
-        return next((folder for folder in candidates if folder.is_dir()), None)
-
-    def replace(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Write a checkpoint folder under a temporary name, then put it in the place of the old one."""
-        target, partial, previous = self.path / name, self.path / f".{name}.partial", self._previous(name)
-        shutil.rmtree(partial, ignore_errors=True)
-        write(partial)
-        if target.is_dir():
-            shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        partial.rename(target)
-        shutil.rmtree(previous, ignore_errors=True)
-        return target
-
-    def _previous(self, name: str) -> Path:
-        return self.path / f"{name}.previous"
-
-
-def find_resume_point(resume: str | None, output: RunFolder) -> Path | None:
-    """The checkpoint folder that ``--resume`` means, or None to start anew.
-
-    Raises:
-        UserError: a path was given, and it holds no checkpoint.
-    """
-    if resume is None:
-        return None
-    source = output if resume == "auto" else RunFolder(resume)
-    found = source.checkpoint("last")
-    if found is None and (source.path / TRAINER_STATE).is_file():
-        found = source.path
-    if found is None and resume != "auto":
-        raise UserError(f"--resume {resume}: no last/ checkpoint there; give the folder of a run, or auto")
-    return found

@@ -38,7 +38,8 @@ def records():
     def read(folder):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [
-            {key: value for key, value in line.items() if key not in ("seconds", "images_per_second")} for line in lines
+            {key: value for key, value in line.items() if key not in ("seconds", "images_per_second", "memory")}
+            for line in lines
         ]
 
     return read

@@ -61,7 +61,7 @@ def test_numbers_that_yaml_takes_for_strings(recipe):
         ("optimizer: {lr: fast}", "optimizer.lr: expected float, got 'fast'"),
         ("schedule: {epochs: 2.5}", "schedule.epochs: expected int, got 2.5"),
         ("run: {report: 1}", "run.report: expected bool, got 1"),
-        ("run: {precision: half}", "expected one of float32, bfloat16, float16, got 'half'"),
+        ("run: {precision: half}", "expected one of auto, float32, bfloat16, float16, got 'half'"),
         ("data: {mean: [0.5]}", "data.mean: expected"),
         ("optimizer: [1, 2]", "expected a mapping"),
         ("optimizer: {lr: -1}", "--lr -1.0: must be positive"),

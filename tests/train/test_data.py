@@ -12,13 +12,13 @@ from vicinal.train.data import (
     Preprocess,
     TrainSampler,
     eval_batches,
-    resolve_workers,
     train_batches,
     train_transform,
 )
 from vicinal.train.distributed import World
 from vicinal.train.errors import UserError
 from vicinal.train.images import FolderImages, UnreadableImage, open_images
+from vicinal.train.loader import resolve_workers
 from vicinal.train.randomness import seed_host, stream_seed
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def epoch_of(world_size, epoch=0, repeats=1, batch_size=4, num_images=50, seed=0
         for rank in range(world_size)
     ]
     for sampler in samplers:
-        sampler.epoch = epoch
+        sampler.begin(epoch)
     return [list(sampler) for sampler in samplers]
 
 
@@ -105,7 +105,7 @@ def first_batch(jpeg_tree, workers, augmentation=AUGMENTED, epoch=0, seed=0):
     config = DataConfig(name=str(jpeg_tree), batch_size=8, workers=workers)
     images, _ = open_images(config)
     batches = train_batches(images, config, augmentation, SPEC, seed, World(CPU))
-    batches.sampler.epoch = epoch
+    batches.sampler.begin(epoch)
     return next(iter(batches))
 
 
@@ -138,7 +138,7 @@ def test_shift_translates_by_whole_pixels_within_its_range():
     still = train_batches(images, config, AugmentationConfig(crop="none", hflip=0.0), SPEC, 0, World(CPU))
     shifts = set()
     for key in keys:
-        moved, original = batches.loader.dataset[key][0], still.loader.dataset[key][0]
+        moved, original = batches.dataset[key][0], still.dataset[key][0]
         padded = torch.nn.functional.pad(original, (4, 4, 4, 4))
         found = [
             (top, left)

@@ -125,11 +125,11 @@ def test_auto_resume_starts_where_no_checkpoint_is_and_ends_where_the_run_ended(
 
 def test_interrupted_swap_of_checkpoints_is_survived(train):
     _, folder = train("--epochs", 1)
-    (folder / "last").rename(folder / "last.previous")
+    (folder / "last").rename(folder / "previous")
     (folder / ".last.partial").mkdir()
     assert train("--epochs", 2, "--resume", "auto")[0] == 0
     assert (folder / "last" / "trainer.pt").is_file()
-    assert not (folder / "last.previous").exists()
+    assert not (folder / ".last.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def _plain_updates(arguments, sizes):
     config = parse_arguments([*arguments, "--batch-size", "2", "--output", "plain"])
     trainer = loop.Trainer(config, World(torch.device("cpu")))
     model = trainer.state.task.get_trainable_module()
-    inputs = [trainer.preprocess(*batch) for batch in trainer.batches]
+    inputs = [trainer.setup.preprocess(*batch) for batch in trainer.setup.batches]
     images, targets = (torch.cat(parts) for parts in zip(*inputs, strict=True))
     criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, lr=0.1)
