@@ -10,6 +10,8 @@ USAGE = """usage: vicinal COMMAND [options]     (vicinal COMMAND --help lists th
 commands:
   train    train an image classifier; torchrun -m vicinal.train runs it on several processes
   eval     top-1 and top-5 accuracy of a checkpoint
+  data     check a data set: classes, counts, images that cannot be read
+  plot     draw the curves of one run or several
   report   draw the picture of a run: curves, predictions, attention maps
   models   list the models: size, cost, published accuracy
   bench    measure operators or models
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runners = {
         "train": _train,
         "eval": _classify,
+        "data": _data,
+        "plot": _plot,
         "report": _report,
         "models": _models,
         "bench": _bench,
@@ -54,15 +58,22 @@ def _refuse(error: Exception):
 def _train(argv: Sequence[str]) -> int:
     from .train.distributed import join_world, leave_world
     from .train.loop import train
-    from .train.recipe import parse_arguments
+    from .train.recipe import parse_command
+    from .train.rehearse import dry_run, overfit_batch
 
-    config = parse_arguments(argv)
+    arguments = parse_command(argv)
+    config, outcome = arguments.run_config, None
     world = join_world(config.run.device, needs_group=config.run.parallel == "fsdp")
     try:
-        outcome = train(config, world)
+        if arguments.dry_run:
+            dry_run(config, world)
+        elif arguments.overfit_batch:
+            overfit_batch(config, world, arguments.overfit_batch)
+        else:
+            outcome = train(config, world)
     finally:
         leave_world()
-    if world.is_primary:
+    if world.is_primary and outcome is not None:
         _conclude(outcome, config.run.report)
     return 0
 
@@ -84,6 +95,18 @@ def _classify(argv: Sequence[str]) -> int:
     from .eval import classify
 
     return classify.main(argv)
+
+
+def _data(argv: Sequence[str]) -> int:
+    from .train import check
+
+    return check.main(argv)
+
+
+def _plot(argv: Sequence[str]) -> int:
+    from .eval import plot
+
+    return plot.main(argv)
 
 
 def _bench(argv: Sequence[str]) -> int:

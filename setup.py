@@ -46,6 +46,7 @@ setup(
     extras_require={
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
         "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
+        "log": ["tensorboard>=2.14", "wandb>=0.16"],
         "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "expecttest", "ruff", "build", "wheel"],
     },
     entry_points={"console_scripts": ["vicinal = vicinal.__main__:main"]},

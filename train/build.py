@@ -108,7 +108,7 @@ def build_task(model: nn.Module, source: nn.Module | None, config: TrainConfig, 
     # Mixup smooths the targets itself, when it makes them soft.
     loss = {"soft_targets": True} if soft else {"smoothing": config.optimizer.label_smoothing}
     if run.parallel == "fsdp":
-        if source is None:
+        if not next(model.parameters()).is_meta:
             model.to(world.device)
         task = ShardedTask(model, source, world, criterion_kwargs=loss)
     else:

@@ -291,6 +291,10 @@ class TrainConfig:
             f"--min-lr {self.schedule.min_lr} exceeds --lr {self.optimizer.lr}: lower --min-lr",
         )
         _check(
+            self.run.parallel == "ddp" or self.optimizer.clip_grad is None or self.optimizer.clip_mode != "agc",
+            "--clip-mode agc needs whole weights, and --parallel fsdp has shares: use --clip-mode norm",
+        )
+        _check(
             self.data.batch_size % 2 == 0 or not self.augmentation.mixes,
             f"--batch-size {self.data.batch_size} is odd, and mixup and CutMix pair the images of a batch: "
             "use an even --batch-size, or --mixup 0 --cutmix 0",

@@ -1,7 +1,7 @@
 """The processes of a run: one, or those that torchrun or Slurm started."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,11 +108,29 @@ def join_world(device: str, needs_group: bool = False) -> World:
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    joined = init_distributed_device_so(device)
+    joined = init_distributed_device_so(device, dist_url=_meeting_point())
     if needs_group and not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(torch.device(joined["device"]), joined["global_rank"], joined["local_rank"], joined["world_size"])
+
+
+def _meeting_point() -> str:
+    """The URL through which the processes find each other.
+
+    torchrun's store outlives a restart, with the addresses of the dead processes in it; on one machine a prefix tells
+    the attempts apart. The machines of a larger run count their restarts separately: there torchrun must make new stores
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    if not is_restarted() or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return "env://"
+    dist.register_rendezvous_handler("restarted", _rendezvous_after_restart)
+    return "restarted://"
+
+
+def _rendezvous_after_restart(_: str, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    for store, rank, size in dist.rendezvous("env://", **options):
+        yield dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store), rank, size
 
 
 def is_restarted() -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ..checkpoints import write_atomically
 from .distributed import World, first_exception, is_restarted
@@ -20,7 +19,7 @@ from .errors import RunStopped, UserError, first_line
 TRAINER_STATE = "trainer.pt"
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class RunFolder:

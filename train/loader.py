@@ -120,13 +120,15 @@ class Batches:
                     done += 1
                     yield images, targets
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 attempts += 1
                 self._replace_workers(error, attempts)
                 self.sampler.skip = start + done
 
-    def _replace_workers(self, error: RuntimeError, attempts: int) -> None:
-        if not str(error).startswith("DataLoader worker"):
+    def _replace_workers(self, error: Exception, attempts: int) -> None:
+        # The second kind: the worker died between announcing a batch and handing its memory over.
+        is_death = str(error).startswith("DataLoader worker") or isinstance(error, (ConnectionError, EOFError))
+        if not self.workers or not is_death or "Caught " in str(error):
             raise error
         if attempts > MAX_RESTARTS:
             raise RunStopped(

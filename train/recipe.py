@@ -25,20 +25,38 @@ class TrainArguments(TrainConfig):
     """YAML recipe: a file, or the name of one that comes with the package, such as first_run."""
     debug: bool = False
     """Show the traceback of an error."""
+    dry_run: bool = False
+    """Build everything, make one update, show shapes, size, cost, memory and the schedule, and end."""
+    overfit_batch: int = 0
+    """Make so many updates on the first batch alone, say whether it is learnt by heart, and end."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.overfit_batch < 0:
+            raise UserError(f"--overfit-batch {self.overfit_batch}: must be at least 0")
+
+    @property
+    def run_config(self) -> TrainConfig:
+        """What decides the run, without what is asked of this call only."""
+        return TrainConfig(**{name: getattr(self, name) for name in SECTIONS})
 
 
 def parse_arguments(argv: Sequence[str]) -> TrainConfig:
+    """The configuration that a command line of ``vicinal train`` means."""
+    return parse_command(argv).run_config
+
+
+def parse_command(argv: Sequence[str]) -> TrainArguments:
     """Read the command line of ``vicinal train``, its recipe merged below it."""
     recipe = find_config_argument(argv)
     sections = read_recipe(find_recipe(recipe)) if recipe else {}
-    parsed = tyro.cli(
+    return tyro.cli(
         TrainArguments,
         prog="vicinal train",
         args=list(argv),
         default=TrainArguments(**sections, config=recipe),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return TrainConfig(**{name: getattr(parsed, name) for name in SECTIONS})
 
 
 def find_config_argument(argv: Sequence[str]) -> str | None:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -94,7 +95,7 @@ class ShardedTask(ClassificationTask):
         """Shard, and fill what was on the meta device."""
         average = self.get_trainable_module(ema=True)
         models = [self.trainable_module, *([average.module] if average is not None else [])]
-        is_meta = any(parameter.is_meta for parameter in self.trainable_module.parameters())
+        is_meta = next(self.trainable_module.parameters()).is_meta
         for model in models:
             shard(model, self.world)
             if is_meta:
@@ -225,17 +226,32 @@ def empty_shares(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, A
 
 
 def save_shares(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write each process's shares with torch.distributed.checkpoint; all processes call this together."""
-    dcp.save(tensors, checkpoint_id=str(folder))
+    """Write each process's shares with torch.distributed.checkpoint; all processes call this together.
+
+    Raises:
+        OSError: in all processes, where one could not write.
+    """
+    try:
+        dcp.save(tensors, checkpoint_id=str(folder))
+    except CheckpointException as error:
+        raise OSError(_first_failure(error)) from error
 
 
 def load_shares(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Read into tensors of any number of processes what :func:`save_shares` wrote; all call this together.
 
     Raises:
-        ValueError: the folder holds anything but tensors.
+        ValueError: in all processes, where one could not read, or the folder holds anything but tensors.
     """
-    dcp.load(tensors, storage_reader=_TensorReader(folder))
+    try:
+        dcp.load(tensors, storage_reader=_TensorReader(folder))
+    except CheckpointException as error:
+        raise ValueError(_first_failure(error)) from error
+
+
+def _first_failure(error: CheckpointException) -> str:
+    (cause, _), *_ = error.failures.values()
+    return str(cause)
 
 
 class _TensorReader(dcp.FileSystemReader):
@@ -265,6 +281,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         "torch.serialization": {"_get_layout"},
         "torch": {"Size", "dtype", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
         "collections": {"OrderedDict"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:

@@ -16,7 +16,6 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints import load, save, save_model, write_atomically
@@ -180,7 +179,7 @@ class TrainState:
             own = folder / _buffers_name(world.rank)
             if own.is_file() and progress["processes"] == world.size:
                 self._restore_buffers(load(own))
-        except (ValueError, RuntimeError, KeyError, CheckpointException) as error:
+        except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"--resume {folder}: does not fit this model and optimizer: {first_line(error)}") from error
         for name in _PROGRESS:
             setattr(self, name, progress[name])
