@@ -31,7 +31,7 @@ setup(
     package_dir={"vicinal": "."},
     packages=list_packages(),
     py_modules=[],
-    package_data={"vicinal.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={"vicinal.configs": ["*.yaml", "*/*.yaml", "*/*.sbatch"]},
     exclude_package_data={"vicinal": ["setup.py"]},
     install_requires=[
         "torch>=2.8",

@@ -1,9 +1,10 @@
-"""``vicinal bench``: hands over to the benchmark of operators or of models."""
+"""``vicinal bench``: hands over to the benchmark of operators, of models or of training."""
 
 from collections.abc import Sequence
 
 USAGE = """usage: vicinal bench ops [options]
-       vicinal bench models [options]     (--help lists them)"""
+       vicinal bench models [options]
+       vicinal bench train [options]      (--help lists them)"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,5 +18,9 @@ def main(argv: Sequence[str]) -> int:
         from . import bench_models
 
         return bench_models.main(rest)
+    if command == "train":
+        from . import bench_train
+
+        return bench_train.main(rest)
     print(USAGE)
     return 0 if command in ("-h", "--help") else 2

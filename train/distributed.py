@@ -119,8 +119,8 @@ def _meeting_point() -> str:
     """The URL through which the processes find each other.
 
     torchrun's store outlives a restart, with the addresses of the dead processes in it; on one machine a prefix tells
-    the attempts apart. The machines of a larger run count their restarts separately: there torchrun must make new stores
-    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    the attempts apart. The machines of a larger run count their restarts separately: there torchrun must make a new
+    store for each attempt (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
     """
     if not is_restarted() or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         return "env://"

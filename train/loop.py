@@ -84,6 +84,7 @@ class Trainer:
             self.state.restore(resume_point, world)
             setup.broken.messages = list(self.state.broken)
         self.stop = StopRequest()
+        self.memory = 0
         self.updater = Updater(
             config,
             world,
@@ -114,7 +115,8 @@ class Trainer:
             self.folder.claim(may_hold_files=self.config.run.resume == "auto" or is_restarted())
             return []
         source = RunFolder(resume_point.parent)
-        self.folder.claim(may_hold_files=source.path.resolve() == self.folder.path.resolve())
+        is_own = source.path.resolve() == self.folder.path.resolve()
+        self.folder.claim(may_hold_files=is_own or is_restarted())
         return read_records(source.metrics, last_epoch=self.state.epoch, last_step=self.state.step)
 
     def _open_sinks(self) -> list[Sink]:
@@ -133,8 +135,7 @@ class Trainer:
             RunStopped: the run cannot go on.
         """
         epochs, state = self.config.schedule.epochs, self.state
-        self.screen = open_screen(self.world.is_primary, epochs)
-        self.profiler = UpdateProfiler(self.config.run.profile if self.world.is_primary else 0, self.folder.path)
+        self.open_screen()
         for line in (*self.notes, self._describe()):
             self.screen.say(line)
         try:
@@ -148,6 +149,11 @@ class Trainer:
                 self.log.close()
             self.folder.release()
         return Outcome(state.top1, state.best_top1, state.best_epoch, self.folder)
+
+    def open_screen(self) -> None:
+        """Get ready to show what updates do; before :meth:`train_epoch`."""
+        self.screen = open_screen(self.world.is_primary, self.config.schedule.epochs)
+        self.profiler = UpdateProfiler(self.config.run.profile if self.world.is_primary else 0, self.folder.path)
 
     def _describe(self) -> str:
         model, config, setup = self.state.model, self.config, self.setup
@@ -163,7 +169,7 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         state = self.state
-        meter = self._train_epoch()
+        meter = self.train_epoch()
         seconds, rate = meter.seconds, meter.images_per_second
         metrics = self._evaluate()
         record = {
@@ -191,7 +197,8 @@ class Trainer:
             f"top-1 {record['val_top1']:6.2f} %  {record['images_per_second']:.0f} images/s"
         )
 
-    def _train_epoch(self) -> Meter:
+    def train_epoch(self) -> Meter:
+        """The updates of an epoch, on from ``state.position``."""
         state, sampler = self.state, self.setup.batches.sampler
         sampler.begin(state.epoch, state.position)
         state.task.get_trainable_module().train()
@@ -223,10 +230,11 @@ class Trainer:
             return
         state.loss_sum += report.loss * len(group)
         state.loss_batches += len(group)
-        memory = peak_memory(self.world.device)
+        if state.step % config.run.log_interval == 0 or not self.memory:
+            self.memory = peak_memory(self.world.device)
         if self.log is not None and state.step % config.run.log_interval == 0:
             values = {"lr": self._lr(), "train_loss": report.loss, "images_per_second": meter.images_per_second}
-            self.log.add("step", epoch=state.epoch + 1, step=state.step, **values, memory=memory)
+            self.log.add("step", epoch=state.epoch + 1, step=state.step, **values, memory=self.memory)
         done = self._updates_before() - state.epoch * self.setup.updates_per_epoch
         left = config.schedule.epochs * self.setup.updates_per_epoch - self._updates_before()
         progress = Progress(
@@ -236,7 +244,7 @@ class Trainer:
             loss=report.loss,
             images_per_second=meter.images_per_second,
             seconds_left=meter.seconds_for(max(left, 0)),
-            memory=memory,
+            memory=self.memory,
         )
         self.screen.advance(progress)
         if line := self.profiler.step():

@@ -25,17 +25,15 @@ from .distributed import World
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a network, such as transformer layers; none contains another.
 
-    A block's type is that of the members of a list or sequence two of which have parameters of the same shapes; stages,
-    which differ in width, are passed by. Where such members are plain sequences, the sequences are the blocks.
+    A block's type is that of the members of a list two of which have parameters of the same shapes; stages, which
+    differ in width, are passed by. Where no list has such members, two of the same type will do.
     """
-    types: set[type] = set()
-    blocks: list[nn.Module] = []
-    for container in _outermost(model, _has_twins):
-        members = {type(child) for child in container.children()}
-        if members <= {nn.Sequential}:
-            blocks += container.children()
-        types |= members - {nn.Sequential}
-    return blocks + _outermost(model, lambda module: type(module) in types)
+    for has_twins in (_has_equal_shapes, _has_equal_types):
+        lists = _outermost(model, has_twins)
+        if lists:
+            types = {type(member) for each in lists for member in _members(each)}
+            return _outermost(model, lambda module, types=types: type(module) in types)
+    return []
 
 
 def _outermost(module: nn.Module, fits: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -44,15 +42,22 @@ def _outermost(module: nn.Module, fits: Callable[[nn.Module], bool]) -> list[nn.
     return [found for child in module.children() for found in _outermost(child, fits)]
 
 
-def _has_twins(module: nn.Module) -> bool:
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-        return False
-    shapes = [
-        tuple(parameter.shape for parameter in child.parameters())
-        for child in module.children()
-        if next(child.children(), None) is not None
-    ]
+def _members(module: nn.Module) -> list[nn.Module]:
+    """What a list holds, besides single layers and further lists."""
+    lists = (nn.ModuleList, nn.Sequential)
+    if not isinstance(module, lists):
+        return []
+    return [child for child in module.children() if type(child) not in lists and any(True for _ in child.children())]
+
+
+def _has_equal_shapes(module: nn.Module) -> bool:
+    shapes = [tuple(parameter.shape for parameter in member.parameters()) for member in _members(module)]
     return len(shapes) != len(set(shapes))
+
+
+def _has_equal_types(module: nn.Module) -> bool:
+    types = [type(member) for member in _members(module)]
+    return len(types) != len(set(types))
 
 
 def shard(model: nn.Module, world: World) -> None:

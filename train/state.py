@@ -4,6 +4,7 @@ Random generators are not part of it (see :mod:`.randomness`), and neither is th
 ``position``.
 """
 
+import io
 import math
 import pickle
 from collections.abc import Callable
@@ -125,7 +126,7 @@ class TrainState:
             if world.is_distributed and buffers:
                 save(folder / _buffers_name(world.rank), buffers)
             if world.is_primary:
-                write_atomically(folder / TRAINER_STATE, lambda temporary: torch.save(progress, temporary))
+                write_atomically(folder / TRAINER_STATE, partial(_write_object, progress))
 
         return write
 
@@ -213,6 +214,13 @@ class TrainState:
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def _write_object(value: Any, path: str) -> None:
+    # By way of memory: where the disk is full, torch.save to a file speaks of unexpected positions in it.
+    content = io.BytesIO()
+    torch.save(value, content)
+    Path(path).write_bytes(content.getbuffer())
 
 
 def _write_shares(shares: dict[str, Tensor], folder: Path) -> None:

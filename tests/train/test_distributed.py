@@ -5,8 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+
+import vicinal.zoo  # noqa: F401  registers the models
+from vicinal.train.sharding import find_blocks
 
 WORKER = """
 import sys
@@ -62,21 +66,24 @@ def test_processes_agree_and_count_every_image_once(tmp_path, small, jpeg_tree, 
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, small, train, records, jpeg_tree):
+    """With copies of the weights (DDP) and with shares (FSDP2), update by update; and the two equal each other."""
     common = ("--data", jpeg_tree, "--workers", 0, "--epochs", 2, "--optimizer", "sgd", "--lr", 0.05)
-    arguments = small_with(small, *common, "--batch-size", 4, "--output", tmp_path / "pair")
-    done = torchrun(tmp_path, "-m", "vicinal.train", *arguments)
-    assert done.stdout.count("held-out accuracy") == 1
+    common = (*common, "--clip-grad", 0.5, "--ema-decay", 0.75)
     code, alone = train(*common, "--batch-size", 8, output="alone")
     assert code == 0
-    pair = records(tmp_path / "pair")
-    for one, other in zip(records(alone), pair, strict=True):
-        if one["event"] == "epoch":
-            # Means of 24 losses in another order: float32 roundings (6e-8) carried through six updates.
-            assert other["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
-            assert other["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
-    for name, tensor in load_file(alone / "last" / "model.safetensors").items():
-        other = load_file(tmp_path / "pair" / "last" / "model.safetensors")[name]
-        torch.testing.assert_close(other, tensor, rtol=1e-5, atol=1e-5)
+    for parallel in ("ddp", "fsdp"):
+        options = ("--batch-size", 4, "--parallel", parallel, "--output", tmp_path / parallel)
+        done = torchrun(tmp_path, "-m", "vicinal.train", *small_with(small, *common, *options))
+        assert done.stdout.count("held-out accuracy") == 1
+    for kind, other in (("ddp", alone), ("fsdp", alone), ("fsdp", tmp_path / "ddp")):
+        for one, two in zip(records(other), records(tmp_path / kind), strict=True):
+            # Means of 8 losses in another order: float32 roundings (6e-8) carried through six updates.
+            assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
+            assert two.get("val_loss") == pytest.approx(one.get("val_loss"), abs=1e-5)
+        for name in ("model", "training_weights"):
+            expected = load_file(other / "last" / f"{name}.safetensors")
+            for key, tensor in load_file(tmp_path / kind / "last" / f"{name}.safetensors").items():
+                torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -89,3 +96,21 @@ def test_distributed_run_resumes_bit_for_bit(tmp_path, small, jpeg_tree, records
     whole, parts = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     assert json.dumps(records(tmp_path / "parts")) == json.dumps(records(tmp_path / "whole"))
+
+
+def test_blocks_to_shard_are_the_repeated_ones():
+    """The layers of a transformer, the blocks of each stage of a pyramid, not their stages or their parts."""
+    vit = timm.create_model("test_vit")
+    assert find_blocks(vit) == list(vit.blocks)
+    nat = timm.create_model("nat_pico")
+    blocks = find_blocks(nat)
+    assert {type(block).__name__ for block in blocks} == {type(nat.stages[0].blocks[0]).__name__}
+    assert len(blocks) == sum(len(stage.blocks) for stage in nat.stages)
+    # Pairs of blocks in sequences, and stages of two blocks with different attention.
+    davit, halonet = timm.create_model("davit_pico_vicinal"), timm.create_model("halonet26t")
+    for model, share in ((davit, 0.7), (halonet, 0.8)):
+        blocks = find_blocks(model)
+        inside = [parameter for block in blocks for parameter in block.parameters()]
+        assert len(inside) == len(set(inside))
+        total = sum(parameter.numel() for parameter in model.parameters())
+        assert sum(parameter.numel() for parameter in inside) > share * total

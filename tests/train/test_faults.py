@@ -183,7 +183,7 @@ def test_too_many_updates_that_are_not_finite_stop_the_run_and_keep_the_batch(tr
     assert torch.load(folder / "last" / "trainer.pt", weights_only=True)["step"] == 20
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_signal_saves_and_ends_and_the_run_goes_on_the_same(train, records, after_step, capsys, name):
     handler = signal.getsignal(getattr(signal, name))
     _, whole = train("--epochs", 2, output="whole")

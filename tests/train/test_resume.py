@@ -19,7 +19,7 @@ def assert_same_run(parts, whole, records):
     assert_identical(weights(parts), weights(whole))
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_killed_inside_an_epoch_and_resumed_on_other_workers(tmp_path, small, train, records, precision):
     """44 batches per epoch make 45 updates of two and one; the kill comes in the second epoch."""
     arguments = (*EVERYTHING, "--precision", precision)
@@ -32,6 +32,7 @@ def test_killed_inside_an_epoch_and_resumed_on_other_workers(tmp_path, small, tr
     assert_identical(weights(tmp_path / "parts", "best"), weights(whole, "best"))
 
 
+@pytest.mark.slow
 def test_resume_in_another_folder_from_inside_an_epoch(tmp_path, small, train, records):
     arguments = ("--epochs", 1, "--save-interval", 10)
     _, whole = train(*arguments, output="whole")

@@ -1,0 +1,177 @@
+"""``vicinal bench train``: what our loop costs over a bare one, and our loader beside timm's."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+
+from ..train.config import AugmentationConfig, DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
+from ..train.data import InputSpec, Preprocess, train_batches
+from ..train.distributed import World
+from ..train.errors import UserError
+from ..train.images import FolderImages
+from ..train.loop import Trainer
+from ..train.setup import Setup
+from .measure import least_cpu_times, report
+
+CPU = torch.device("cpu")
+POLICY = "rand-m9-mstd0.5-inc1"
+JPEG_SIZE = (500, 375)
+"""Width and height of the images for the loaders: the median of ImageNet."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Measure training on the CPU: least process CPU time of turns that alternate."""
+
+    model: str = "test_vit"
+    """Network of the loop's benchmark, at 32 px; the smaller, the more a loop's own cost shows."""
+    batch_size: int = 32
+    """Images of an update, and of a loader's batch."""
+    images: int = 256
+    """JPEGs that each loader reads in a turn; they are made for it."""
+    repeats: int = 5
+    """Turns of which the fastest counts."""
+    csv: Path | None = None
+    """Also write the table to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "images", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.images < self.batch_size:
+            raise UserError(f"--images {self.images}: must be at least --batch-size {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    part: str
+    implementation: str
+    images: str
+    cpu_ms_per_image: float
+    throughput_ratio: float
+    """Images per second of ours over those of the other."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``vicinal bench train``; prints a table."""
+    import tyro
+
+    options = tyro.cli(BenchOptions, prog="vicinal bench train", args=list(argv))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [*measure_loop(options, Path(folder)), *measure_loaders(options, Path(folder))]
+    report(rows, options.csv)
+    return 0
+
+
+def measure_loop(options: BenchOptions, folder: Path) -> list[Row]:
+    """An epoch of our loop, records included, against the bare steps on the same batches."""
+    config = TrainConfig(
+        model=ModelConfig(name=options.model),
+        data=DataConfig(img_size=32, batch_size=options.batch_size, workers=0),
+        augmentation=AugmentationConfig(crop="shift", hflip=0.0),
+        schedule=ScheduleConfig(warmup_epochs=0),
+        run=RunConfig(device="cpu", output=str(folder / "run")),
+    )
+    trainer = Trainer(config, World(CPU))
+    trainer.open_screen()
+    bare = Trainer(replace(config, run=replace(config.run, output=str(folder / "bare"))), World(CPU)).setup
+    calls = {"ours": lambda: _train_epoch(trainer), "bare": lambda: _bare_epoch(bare)}
+    images = len(bare.batches) * options.batch_size
+    return _rows("loop", f"{images} x 32 px", images, least_cpu_times(calls, options.repeats))
+
+
+def _train_epoch(trainer: Trainer) -> None:
+    trainer.state.position = 0
+    with redirect_stdout(StringIO()):
+        trainer.train_epoch()
+
+
+def _bare_epoch(setup: Setup) -> None:
+    setup.batches.sampler.begin(0)
+    task, optimizer = setup.state.task, setup.state.optimizer
+    task.get_trainable_module().train()
+    for batch in setup.batches:
+        loss = task(*setup.preprocess(*batch))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measure_loaders(options: BenchOptions, folder: Path) -> list[Row]:
+    """JPEG files to normalised batches, with the augmentation of most recipes, in one process."""
+    write_jpegs(folder / "jpegs", options.images)
+    spec = InputSpec((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875)
+    calls = {
+        "ours": _our_loader(options, folder / "jpegs", spec),
+        "timm": _timm_loader(options, folder / "jpegs", spec),
+    }
+    images = options.images // options.batch_size * options.batch_size
+    size = "x".join(map(str, JPEG_SIZE))
+    return _rows("loader", f"{images} x {size}", images, least_cpu_times(calls, options.repeats))
+
+
+def write_jpegs(folder: Path, count: int) -> None:
+    """Photograph-like JPEGs, smooth with some noise, in two classes."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(JPEG_SIZE)
+        pixels = np.asarray(coarse) + generator.normal(0, 8, (*JPEG_SIZE[::-1], 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def _our_loader(options: BenchOptions, folder: Path, spec: InputSpec) -> Callable[[], None]:
+    data = DataConfig(name=str(folder), batch_size=options.batch_size, workers=0)
+    augmentation = AugmentationConfig(auto_augment=POLICY, random_erasing=0.25)
+    batches = train_batches(FolderImages(folder), data, augmentation, spec, 0, World(CPU))
+    preprocess = Preprocess(spec, CPU, 2, augmentation=augmentation)
+
+    def load() -> None:
+        batches.sampler.begin(0)
+        for batch in batches:
+            preprocess(*batch)
+
+    return load
+
+
+def _timm_loader(options: BenchOptions, folder: Path, spec: InputSpec) -> Callable[[], None]:
+    """The loader of timm's train.py with its prefetcher, which normalises and erases on the device."""
+    loader = create_loader(
+        create_dataset("", root=str(folder)),
+        (3, *spec.img_size),
+        options.batch_size,
+        is_training=True,
+        auto_augment=POLICY,
+        color_jitter=None,
+        re_prob=0.25,
+        re_mode="pixel",
+        interpolation="random",
+        mean=spec.mean,
+        std=spec.std,
+        num_workers=0,
+        device=CPU,
+        persistent_workers=False,
+        pin_memory=False,
+    )
+
+    def load() -> None:
+        for _ in loader:
+            pass
+
+    return load
+
+
+def _rows(part: str, images: str, count: int, times: dict[str, float]) -> list[Row]:
+    return [Row(part, name, images, 1000 * seconds / count, seconds / times["ours"]) for name, seconds in times.items()]
