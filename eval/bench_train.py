@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
+from ..train.components import Components
 from ..train.config import AugmentationConfig, DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
 from ..train.data import InputSpec, Preprocess, train_batches
 from ..train.distributed import World
 from ..train.errors import UserError
 from ..train.images import FolderImages
 from ..train.loop import Trainer
-from ..train.setup import Setup
 from .measure import least_cpu_times, report
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def measure_loop(options: BenchOptions, folder: Path) -> list[Row]:
     )
     trainer = Trainer(config, World(CPU))
     trainer.open_screen()
-    bare = Trainer(replace(config, run=replace(config.run, output=str(folder / "bare"))), World(CPU)).setup
+    bare = Trainer(replace(config, run=replace(config.run, output=str(folder / "bare"))), World(CPU)).parts
     calls = {"ours": lambda: _train_epoch(trainer), "bare": lambda: _bare_epoch(bare)}
     images = len(bare.batches) * options.batch_size
     return _rows("loop", f"{images} x 32 px", images, least_cpu_times(calls, options.repeats))
@@ -97,12 +97,12 @@ def _train_epoch(trainer: Trainer) -> None:
         trainer.train_epoch()
 
 
-def _bare_epoch(setup: Setup) -> None:
-    setup.batches.sampler.begin(0)
-    task, optimizer = setup.state.task, setup.state.optimizer
+def _bare_epoch(parts: Components) -> None:
+    parts.batches.sampler.begin(0)
+    task, optimizer = parts.state.task, parts.state.optimizer
     task.get_trainable_module().train()
-    for batch in setup.batches:
-        loss = task(*setup.preprocess(*batch))["loss"]
+    for batch in parts.batches:
+        loss = task(*parts.preprocess(*batch))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints import save
 from .build import autocast, resolve_precision
+from .components import build_components
 from .config import TrainConfig
 from .distributed import World, first_exception, is_restarted
 from .errors import RunPaused, RunStopped, UserError
@@ -21,7 +22,6 @@ from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, read_records
 from .profiling import UpdateProfiler
 from .recipe import write_recipe
 from .screen import Progress, open_screen, peak_memory
-from .setup import build_setup
 from .sharding import all_finite
 from .signals import StopRequest
 from .update import Batch, Updater, UpdateReport, groups_of
@@ -78,20 +78,20 @@ class Trainer:
         self.config, self.world = config, world
         self.folder = RunFolder(config.run.output or default_output(config))
         resume_point, self.notes = find_resume_point(config.run.resume, self.folder, world)
-        self.setup = setup = build_setup(config, world)
-        self.state = setup.state
+        self.parts = parts = build_components(config, world)
+        self.state = parts.state
         if resume_point is not None:
             self.state.restore(resume_point, world)
-            setup.broken.messages = list(self.state.broken)
+            parts.broken.messages = list(self.state.broken)
         self.stop = StopRequest()
         self.memory = 0
         self.updater = Updater(
             config,
             world,
             self.state,
-            setup.preprocess,
+            parts.preprocess,
             should_stop=lambda: self.stop.name is not None,
-            count_broken=lambda: len(setup.broken.fresh),
+            count_broken=lambda: len(parts.broken.fresh),
         )
         self._open_folder(resume_point)
 
@@ -156,10 +156,10 @@ class Trainer:
         self.profiler = UpdateProfiler(self.config.run.profile if self.world.is_primary else 0, self.folder.path)
 
     def _describe(self) -> str:
-        model, config, setup = self.state.model, self.config, self.setup
+        model, config, parts = self.state.model, self.config, self.parts
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = "x".join(map(str, setup.spec.img_size))
-        train, held_out = setup.batches.sampler.num_images, setup.val_batches.sampler.num_images
+        size = "x".join(map(str, parts.spec.img_size))
+        train, held_out = parts.batches.sampler.num_images, parts.val_batches.sampler.num_images
         start = f"; from epoch {self.state.epoch + 1}, update {self.state.step}" if self.state.step else ""
         return (
             f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {size} px; {config.data.name}: "
@@ -199,12 +199,12 @@ class Trainer:
 
     def train_epoch(self) -> Meter:
         """The updates of an epoch, on from ``state.position``."""
-        state, sampler = self.state, self.setup.batches.sampler
+        state, sampler = self.state, self.parts.batches.sampler
         sampler.begin(state.epoch, state.position)
         state.task.get_trainable_module().train()
         meter = Meter()
-        for group in groups_of(self.setup.batches, self.config.optimizer.accumulation):
-            self.setup.scheduler.step_update(self._updates_before())
+        for group in groups_of(self.parts.batches, self.config.optimizer.accumulation):
+            self.parts.scheduler.step_update(self._updates_before())
             report = self.updater.run(group, (state.epoch, state.position))
             state.position += len(group) * sampler.width
             meter.add(len(group) * sampler.width)
@@ -217,8 +217,8 @@ class Trainer:
 
     def _updates_before(self) -> int:
         """Updates that lead here on these processes: what the schedule goes by."""
-        per_update = self.setup.batches.sampler.width * self.config.optimizer.accumulation
-        return self.state.epoch * self.setup.updates_per_epoch + self.state.position // per_update
+        per_update = self.parts.batches.sampler.width * self.config.optimizer.accumulation
+        return self.state.epoch * self.parts.updates_per_epoch + self.state.position // per_update
 
     def _note(self, report: UpdateReport, group: Sequence[Batch], meter: Meter) -> None:
         """Keep the books of an update."""
@@ -235,12 +235,12 @@ class Trainer:
         if self.log is not None and state.step % config.run.log_interval == 0:
             values = {"lr": self._lr(), "train_loss": report.loss, "images_per_second": meter.images_per_second}
             self.log.add("step", epoch=state.epoch + 1, step=state.step, **values, memory=self.memory)
-        done = self._updates_before() - state.epoch * self.setup.updates_per_epoch
-        left = config.schedule.epochs * self.setup.updates_per_epoch - self._updates_before()
+        done = self._updates_before() - state.epoch * self.parts.updates_per_epoch
+        left = config.schedule.epochs * self.parts.updates_per_epoch - self._updates_before()
         progress = Progress(
             epoch=state.epoch + 1,
-            done=min(done, self.setup.updates_per_epoch),
-            total=self.setup.updates_per_epoch,
+            done=min(done, self.parts.updates_per_epoch),
+            total=self.parts.updates_per_epoch,
             loss=report.loss,
             images_per_second=meter.images_per_second,
             seconds_left=meter.seconds_for(max(left, 0)),
@@ -251,12 +251,12 @@ class Trainer:
             self.screen.say(line)
 
     def _share_broken_images(self) -> None:
-        messages = [message for share in self.world.collect(self.setup.broken.fresh) for message in share]
-        for message in self.setup.broken.merge(messages):
+        messages = [message for share in self.world.collect(self.parts.broken.fresh) for message in share]
+        for message in self.parts.broken.merge(messages):
             self.screen.say(f"{message}; another image takes its place")
             if self.log is not None:
                 self.log.add("unreadable", epoch=self.state.epoch + 1, step=self.state.step, message=message)
-        self.state.broken = list(self.setup.broken.messages)
+        self.state.broken = list(self.parts.broken.messages)
 
     def _note_skip(self, report: UpdateReport, group: Sequence[Batch]) -> None:
         state, limit = self.state, self.config.optimizer.max_skips
@@ -288,8 +288,8 @@ class Trainer:
         model = task.get_eval_model(ema=task.has_ema())
         # DDP's forward pass would synchronise buffers at every batch.
         model = model.module if isinstance(model, DistributedDataParallel) else model
-        metrics = evaluate(model, self.setup.val_batches, self.setup.val_preprocess, context, self.world)
-        if self.world.any(bool(self.setup.broken.fresh)):
+        metrics = evaluate(model, self.parts.val_batches, self.parts.val_preprocess, context, self.world)
+        if self.world.any(bool(self.parts.broken.fresh)):
             self._share_broken_images()
         return metrics
 
@@ -297,7 +297,7 @@ class Trainer:
         interval = self.config.run.save_interval
         is_due = interval is not None and self.state.step % interval == 0
         # The epoch's end brings its own checkpoint.
-        if is_due and self.setup.batches.sampler.num_images - self.state.position >= self.setup.batches.sampler.width:
+        if is_due and self.parts.batches.sampler.num_images - self.state.position >= self.parts.batches.sampler.width:
             self._save_last()
 
     def _save_last(self) -> None:

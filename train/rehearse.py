@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import write_atomically
 from .build import resolve_precision
+from .components import Components, build_components
 from .config import AugmentationConfig, TrainConfig
 from .distributed import World
 from .errors import RunStopped
 from .loop import default_output, prepare_process
 from .screen import peak_memory
-from .setup import Setup, build_setup
 from .update import Updater, groups_of
 
 _CHART = (12, 64)
@@ -33,37 +33,37 @@ def dry_run(config: TrainConfig, world: World) -> None:
     The schedule is also drawn into ``OUTPUT.schedule.png``, where matplotlib is installed.
     """
     prepare_process(config, world)
-    setup = build_setup(config, world)
-    updater = Updater(config, world, setup.state, setup.preprocess)
-    setup.batches.sampler.begin(0)
-    macs = count_macs(setup.state.model, setup.spec.img_size, world) if config.run.parallel == "ddp" else None
-    setup.state.task.get_trainable_module().train()
+    parts = build_components(config, world)
+    updater = Updater(config, world, parts.state, parts.preprocess)
+    parts.batches.sampler.begin(0)
+    macs = count_macs(parts.state.model, parts.spec.img_size, world) if config.run.parallel == "ddp" else None
+    parts.state.task.get_trainable_module().train()
     started = time.perf_counter()
-    group = next(groups_of(setup.batches, config.optimizer.accumulation))
+    group = next(groups_of(parts.batches, config.optimizer.accumulation))
     loaded = time.perf_counter()
-    setup.scheduler.step_update(0)
+    parts.scheduler.step_update(0)
     report = updater.run(group, (0, 0))
     seconds = time.perf_counter() - loaded
     if not world.is_primary:
         return
-    images, targets = setup.preprocess(*group[0])
+    images, targets = parts.preprocess(*group[0])
     lines = {
-        "model": f"{config.model.name}, {_count(setup.state.model):,} parameters",
+        "model": f"{config.model.name}, {_count(parts.state.model):,} parameters",
         "cost": f"{macs / 1e9:.3f} G multiply-accumulates per image" if macs is not None else "not counted on shares",
-        "images": f"{setup.batches.sampler.num_images:,} training, {setup.val_batches.sampler.num_images:,} held out, "
-        f"{setup.state.model.num_classes} classes",
+        "images": f"{parts.batches.sampler.num_images:,} training, {parts.val_batches.sampler.num_images:,} held out, "
+        f"{parts.state.model.num_classes} classes",
         "input": f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')} on {images.device}; "
         f"targets {tuple(targets.shape)}",
         "update": f"{config.data.batch_size} images x {world.size} processes x {config.optimizer.accumulation} = "
-        f"{setup.batches.sampler.width * config.optimizer.accumulation}; {setup.updates_per_epoch:,} per epoch",
+        f"{parts.batches.sampler.width * config.optimizer.accumulation}; {parts.updates_per_epoch:,} per epoch",
         "precision": resolve_precision(config.run, world.device),
-        "optimizer": f"{config.optimizer.optimizer}, {len(setup.state.optimizer.param_groups)} groups of parameters",
+        "optimizer": f"{config.optimizer.optimizer}, {len(parts.state.optimizer.param_groups)} groups of parameters",
         "first update": f"loss {report.loss:.4f} in {seconds:.2f} s, after {loaded - started:.2f} s of loading",
         "memory": f"{peak_memory(world.device) / 2**30:.2f} GiB at most",
     }
     for name, text in lines.items():
         print(f"{name:<13}{text}")
-    _show_schedule(config, setup)
+    _show_schedule(config, parts)
 
 
 def _count(model: nn.Module) -> int:
@@ -80,19 +80,19 @@ def count_macs(model: nn.Module, img_size: tuple[int, int], world: World) -> int
     return counter.get_total_flops() // 2
 
 
-def learning_rates(config: TrainConfig, setup: Setup, points: int) -> list[float]:
+def learning_rates(config: TrainConfig, parts: Components, points: int) -> list[float]:
     """The largest learning rate at evenly spaced updates from the first to the last."""
-    total = config.schedule.epochs * setup.updates_per_epoch
+    total = config.schedule.epochs * parts.updates_per_epoch
     rates = []
     for point in range(points):
-        setup.scheduler.step_update(round(point * (total - 1) / max(points - 1, 1)))
-        rates.append(max(group["lr"] for group in setup.state.optimizer.param_groups))
+        parts.scheduler.step_update(round(point * (total - 1) / max(points - 1, 1)))
+        rates.append(max(group["lr"] for group in parts.state.optimizer.param_groups))
     return rates
 
 
-def _show_schedule(config: TrainConfig, setup: Setup) -> None:
+def _show_schedule(config: TrainConfig, parts: Components) -> None:
     height, width = _CHART
-    rates = learning_rates(config, setup, width)
+    rates = learning_rates(config, parts, width)
     print(f"\nlearning rate over {config.schedule.epochs} epochs: {rates[0]:.2e}, {max(rates):.2e}, {rates[-1]:.2e}")
     for line in draw_bars(rates, height):
         print(line)
@@ -102,7 +102,7 @@ def _show_schedule(config: TrainConfig, setup: Setup) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    points = learning_rates(config, setup, 1000)
+    points = learning_rates(config, parts, 1000)
     figure = Figure(figsize=(7, 3), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot([config.schedule.epochs * point / (len(points) - 1) for point in range(len(points))], points)
@@ -128,13 +128,13 @@ def overfit_batch(config: TrainConfig, world: World, updates: int) -> None:
     still = AugmentationConfig(crop="none", hflip=0.0)
     config = replace(config, augmentation=still, optimizer=replace(config.optimizer, accumulation=1))
     prepare_process(config, world)
-    setup = build_setup(config, world)
-    updater = Updater(config, world, setup.state, setup.preprocess)
-    setup.batches.sampler.begin(0)
-    batch = next(iter(setup.batches))
-    setup.state.task.get_trainable_module().train()
+    parts = build_components(config, world)
+    updater = Updater(config, world, parts.state, parts.preprocess)
+    parts.batches.sampler.begin(0)
+    batch = next(iter(parts.batches))
+    parts.state.task.get_trainable_module().train()
     losses = [updater.run([batch], (0, 0)).loss for _ in range(updates)]
-    accuracy = _accuracy(setup, batch)
+    accuracy = _accuracy(parts, batch)
     line = (
         f"one batch of {len(batch[0])} images, {updates} updates: loss {losses[0]:.4f} to {losses[-1]:.4f}, "
         f"{accuracy:.1f} % recognised"
@@ -146,7 +146,7 @@ def overfit_batch(config: TrainConfig, world: World, updates: int) -> None:
 
 
 @torch.no_grad()
-def _accuracy(setup: Setup, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
-    model = setup.state.task.get_eval_model().eval()
-    images, targets = setup.val_preprocess(*batch)
+def _accuracy(parts: Components, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    model = parts.state.task.get_eval_model().eval()
+    images, targets = parts.val_preprocess(*batch)
     return 100 * float((model(images).argmax(1) == targets).float().mean())

@@ -170,7 +170,7 @@ def _plain_updates(arguments, sizes):
     config = parse_arguments([*arguments, "--batch-size", "2", "--output", "plain"])
     trainer = loop.Trainer(config, World(torch.device("cpu")))
     model = trainer.state.task.get_trainable_module()
-    inputs = [trainer.setup.preprocess(*batch) for batch in trainer.setup.batches]
+    inputs = [trainer.parts.preprocess(*batch) for batch in trainer.parts.batches]
     images, targets = (torch.cat(parts) for parts in zip(*inputs, strict=True))
     criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, lr=0.1)

@@ -25,7 +25,7 @@ from .state import TrainState
 
 
 @dataclass(frozen=True)
-class Setup:
+class Components:
     """The parts of a run.
 
     Attributes:
@@ -49,7 +49,7 @@ class Setup:
     broken: BrokenImages
 
 
-def build_setup(config: TrainConfig, world: World) -> Setup:
+def build_components(config: TrainConfig, world: World) -> Components:
     """Build the parts of a run.
 
     Raises:
@@ -69,7 +69,7 @@ def build_setup(config: TrainConfig, world: World) -> Setup:
     is_scaled = resolve_precision(config.run, world.device) == "float16"
     state = TrainState(task, optimizer, torch.amp.GradScaler(world.device.type) if is_scaled else None)
     updates_per_epoch = math.ceil(batches.sampler.per_epoch / config.optimizer.accumulation)
-    return Setup(
+    return Components(
         spec=spec,
         batches=batches,
         val_batches=eval_batches(val_images, config.data, spec, world, broken),
