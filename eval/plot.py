@@ -121,4 +121,5 @@ def _draw_curve(axes: "Axes", epochs: list[float], values: list[float], color: s
     is_noisy = len(values) > 100 and axes.get_subplotspec().num1 == 0
     if is_noisy:
         axes.plot(epochs, values, color=color, alpha=0.2, linewidth=0.8)
-    axes.plot(epochs, smooth(values, SMOOTHING) if is_noisy else values, color=color, label=name)
+    shown = smooth(values, SMOOTHING) if is_noisy else values
+    axes.plot(epochs, shown, color=color, label=name, marker="." if len(values) < 20 else None)
