@@ -4,15 +4,17 @@
 for all of them, in about two minutes each.
 """
 
-import importlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -164,30 +166,53 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def record_case(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> dict[str, launch.Launch]:
     """The launches of a forward and a backward with all gradients, by name of the kernel; nothing is computed."""
-    folder = case.operator.removesuffix("_attention")
-    module = importlib.import_module(f"..kernels.{folder}.fused", __package__)
-    arguments = ARGUMENTS[case.operator](case, head_dim, dtype)
-    gradients = [True for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
-    grad_output = torch.empty(arguments[0].shape, dtype=dtype, device="meta")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(case.deterministic)
-    try:
-        with launch.record(architecture) as launches:
-            output, logsumexp = module.forward(*arguments)
-            module.backward(grad_output, output, logsumexp, gradients, *arguments)
-    finally:
-        torch.use_deterministic_algorithms(before)
+    forward, backward = _calls(case, head_dim, dtype, "meta")
+    with launch.record(architecture) as launches:
+        backward(*forward())
     return {started.kernel.__name__.removesuffix("_kernel"): started for started in launches}
+
+
+def run_case(case: Case, head_dim: int, dtype: torch.dtype, backward: bool, repeats: int = 20) -> float:
+    """Median seconds of a forward, or of a backward with all gradients, on the GPU."""
+    forward, differentiate = _calls(case, head_dim, dtype, "cuda")
+    outputs = forward()
+    call = partial(differentiate, *outputs) if backward else forward
+    call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def _calls(case: Case, head_dim: int, dtype: torch.dtype, device: str) -> tuple[Callable, Callable]:
+    """A forward, and a backward that takes what the forward returns."""
+    module = import_module(f"..kernels.{case.operator.removesuffix('_attention')}.fused", __package__)
+    with torch.device(device):
+        arguments = ARGUMENTS[case.operator](case, head_dim, dtype)
+    gradients = [True for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
+
+    def backward(output: Tensor, logsumexp: Tensor) -> None:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(case.deterministic)
+        try:
+            module.backward(torch.zeros_like(output), output, logsumexp, gradients, *arguments)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    return partial(module.forward, *arguments), backward
 
 
 def _packed(case: Case, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Query, key and value of a map, as views of a packed projection."""
     extent = {1: 4096, 2: 8 * case.window, 3: 16}[case.rank]
-    return torch.empty((8, *(extent,) * case.rank, 3, 4, head_dim), dtype=dtype, device="meta").unbind(-3)
+    return torch.zeros((8, *(extent,) * case.rank, 3, 4, head_dim), dtype=dtype).unbind(-3)
 
 
 def _table(case: Case) -> Tensor:
-    return torch.empty(4, *(2 * case.window - 1,) * case.rank, device="meta")
+    return torch.zeros(4, *(2 * case.window - 1,) * case.rank)
 
 
 def _window(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
@@ -203,26 +228,26 @@ def _neighborhood(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
 def _halo(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
     query, key, value = _packed(case, head_dim, dtype)
     halo = (case.window - 1) // 2
-    logits = [torch.empty(*query.shape[:-1], case.window + 2 * halo, dtype=dtype, device="meta") for _ in range(2)]
+    logits = [torch.zeros(*query.shape[:-1], case.window + 2 * halo, dtype=dtype) for _ in range(2)]
     return query, key, value, case.window, halo, *logits, False, None
 
 
 def _aggregated(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
     """49 pooled tokens, all biases and value weights."""
     query, key, value = _packed(case, head_dim, dtype)
-    pooled = torch.empty(8, 49, 2, 4, head_dim, dtype=dtype, device="meta").unbind(2)
+    pooled = torch.zeros(8, 49, 2, 4, head_dim, dtype=dtype).unbind(2)
     biases = (
-        torch.empty(4, case.window**2, device="meta"),
-        torch.empty(4, query[0, :, :, 0, 0].numel(), 49, device="meta"),
+        torch.zeros(4, case.window**2),
+        torch.zeros(4, query[0, :, :, 0, 0].numel(), 49),
     )
-    weights = torch.empty(*query.shape[:-1], case.window**2, dtype=dtype, device="meta")
+    weights = torch.zeros(*query.shape[:-1], case.window**2, dtype=dtype)
     return query, key, value, *pooled, case.window, *biases, weights, 1.0
 
 
 def _routed(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
     """49 regions of window x window tokens, each routed to four."""
-    tokens = torch.empty(8, 49, case.window**2, 3, 4, head_dim, dtype=dtype, device="meta").unbind(-3)
-    return *tokens, torch.empty(8, 49, 4, dtype=torch.int64, device="meta"), None
+    tokens = torch.zeros(8, 49, case.window**2, 3, 4, head_dim, dtype=dtype).unbind(-3)
+    return *tokens, torch.arange(4).expand(8, 49, 4), None
 
 
 ARGUMENTS = {

@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,55 @@ def least_cpu_times(calls: dict[str, Callable[[], None]], repeats: int) -> dict[
     return times
 
 
-def peak_bytes(call: Callable[[], None]) -> int:
+def least_times(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each call on a device: of the GPU between two of its events, else of the process on the CPU."""
+    if device == "cpu":
+        return least_cpu_times(calls, repeats)
+    for call in calls.values():
+        call()
+    times = dict.fromkeys(calls, float("inf"))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times[name] = min(times[name], start.elapsed_time(end) / 1e3)
+    return times
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches: in a copy, bytes read and written, and in the product of two large square matrices."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def measure_ceilings(dtype: torch.dtype, device: str) -> Ceilings:
+    """Measure both in about a second."""
+    size = 8192 if device == "cuda" else 1024
+    elements = 1 << (30 if device == "cuda" else 25)
+    source = torch.zeros(elements, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
+    times = least_times(calls, 5, device)
+    return Ceilings(2 * elements / times["copy"], 2 * size**3 / times["product"])
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """Most bytes of tensors that the call holds at a time, beyond those that exist before it.
 
     Read from the allocator, not from the process: its resident size also holds what an earlier call has freed.
     """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +119,7 @@ def report(rows: Sequence[Any], path: Path | None) -> None:
         table.add_row(
             *(f"{value:.2f}" if is_number else str(value) for value, is_number in zip(values, numeric, strict=True))
         )
-    Console(width=None if Console().is_terminal else 130).print(table)
+    Console(width=None if Console().is_terminal else 190).print(table)
     if path:
         write_atomically(path, partial(_write_csv, rows))
 

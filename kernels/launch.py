@@ -3,7 +3,7 @@
 Nothing is tuned at import or at the first call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Optional
@@ -35,6 +35,7 @@ class _Recording(NamedTuple):
 
 
 _recording: Optional[_Recording] = None
+_replaced: Mapping[str, Parameters] = {}
 # kernel: {bytes of an element: {head_dim padded to a power of two, at least 32: (block, warps, stages)}}. Each is the
 # first of a list from large to small blocks that neither spills registers nor exceeds the shared memory, found by
 # compiling ahead of time for compute capability 8.9 and 9.0, most of them on maps of two axes. The tests hold Hopper to
@@ -235,6 +236,8 @@ def architecture(device: torch.device) -> Optional[str]:
 
 def launch_parameters(kernel: str, query: Tensor, channels: int) -> Parameters:
     """Args: kernel: "<operator>_<kernel>"; channels: head_dim padded to a power of two."""
+    if kernel in _replaced:
+        return _replaced[kernel]
     row = _recording.architecture if _recording else architecture(query.device)
     return Parameters(*TABLE[row][kernel][query.element_size()][max(channels, 32)])
 
@@ -248,6 +251,17 @@ def record(architecture: str) -> Iterator[list[Launch]]:
         yield _recording.launches
     finally:
         _recording = outer
+
+
+@contextmanager
+def replace(parameters: Mapping[str, Parameters]) -> Iterator[None]:
+    """Use other parameters than those of the table for the kernels named, to try them."""
+    global _replaced  # noqa: PLW0603 (as above)
+    outer, _replaced = _replaced, parameters
+    try:
+        yield
+    finally:
+        _replaced = outer
 
 
 def submit(kernel: Any, programs: int, parameters: Parameters, **arguments: Any) -> None:
