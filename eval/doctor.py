@@ -2,20 +2,34 @@
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
 
-from ..kernels import explain, neighborhood_attention, window_attention
+from ..kernels import (
+    aggregated_attention,
+    explain,
+    gated_positional_attention,
+    halo_attention,
+    neighborhood_attention,
+    routed_attention,
+    window_attention,
+)
 from ..train.errors import UserError
 
 PACKAGES = ("vicinal", "torch", "triton", "timm", "torchvision")
 DTYPES = (torch.float32, torch.bfloat16)
-TYPICAL_CALLS: tuple[tuple[Callable, tuple[int, ...], tuple], ...] = (
-    (window_attention, (1, 56, 56, 3, 32), (7,)),
-    (neighborhood_attention, (1, 56, 56, 2, 32), (7,)),
-)
-"""Operator, shape of query, key and value, and the arguments behind them: first stages of Swin-T and NAT-Mini."""
+TYPICAL_CALLS: dict[Callable, Callable[[Callable[..., Tensor]], tuple]] = {
+    window_attention: lambda tokens: (*[tokens(1, 56, 56, 3, 32)] * 3, 7),
+    neighborhood_attention: lambda tokens: (*[tokens(1, 56, 56, 2, 32)] * 3, 7),
+    halo_attention: lambda tokens: (*[tokens(1, 64, 64, 4, 16)] * 3, 8, 3),
+    aggregated_attention: lambda tokens: (*[tokens(1, 56, 56, 3, 24)] * 3, *[tokens(1, 49, 3, 24)] * 2),
+    routed_attention: lambda tokens: (*[tokens(1, 49, 64, 2, 32)] * 3, tokens(1, 49, 1).long()),
+    gated_positional_attention: lambda tokens: (*[tokens(1, 196, 4, 48)] * 3, tokens(4, 196, 196), tokens(4)),
+}
+"""Arguments of each operator, made of tensors of zeros of a given shape: first stages of the families that use it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,12 +48,15 @@ def report() -> Iterator[str]:
         yield f"{name} {installed_version(name)}"
     for device in devices():
         yield f"\n{device}: {describe(device)}"
-        for operator, shape, options in TYPICAL_CALLS:
+        for operator, arguments in TYPICAL_CALLS.items():
             for dtype in DTYPES:
-                query = torch.empty(shape, dtype=dtype, device=device)
-                lines = explain(operator, query, query, query, *options).splitlines()
+                lines = explain(operator, *arguments(partial(_zeros, dtype, device))).splitlines()
                 yield f"  {lines[0]} ({str(dtype).removeprefix('torch.')})"
                 yield from (f"    {line}" for line in lines[1:])
+
+
+def _zeros(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def installed_version(name: str) -> str:

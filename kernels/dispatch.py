@@ -215,7 +215,7 @@ class Operator:
 
     def _refuse_fused(self, arguments: tuple) -> str | None:
         if self.fused is None:
-            return "not built for this operator yet"
+            return "this operator has none"
         try:
             return importlib.import_module(self.fused).refuse(*arguments)
         except ModuleNotFoundError as error:

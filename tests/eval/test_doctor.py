@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from vicinal import __version__
+from vicinal import __version__, kernels
 from vicinal.__main__ import main
 from vicinal.eval import doctor
 from vicinal.kernels import backend
@@ -18,7 +18,9 @@ def test_report(capsys: pytest.CaptureFixture) -> None:
     assert f"vicinal {__version__}\n" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
     cpu = text[text.index("\ncpu: ") :]
-    for name in ("window_attention", "neighborhood_attention"):
+    operators = [name for name in vars(kernels) if name.endswith("_attention")]
+    assert len(operators) == 6
+    for name in operators:
         assert f"  {name}: tiled (float32)\n    fused: " in cpu
         assert f"  {name}: tiled (bfloat16)\n    fused: " in cpu
 
