@@ -85,6 +85,12 @@ def cases_of(kernel: str) -> list[Case]:
     return cases
 
 
+def launched(kernel: str) -> str:
+    """Name of the kernel behind an entry; one kernel attends to windows that fit into a block and to others."""
+    name = kernel.partition("_")[2]
+    return "forward" if name == "forward_whole" else name
+
+
 def candidates(kernel: str) -> list[launch.Parameters]:
     """Parameters to try, large blocks first."""
     # a window of seven is attended to whole only in a block of 64
@@ -94,13 +100,12 @@ def candidates(kernel: str) -> list[launch.Parameters]:
 
 def compile_candidate(architecture: str, row: Row, parameters: launch.Parameters) -> Resources | None:
     """What the most demanding case takes; None if one cannot be compiled within the limits of the architecture."""
-    _, _, name = row.kernel.partition("_")
     worst = None
     for case in cases_of(row.kernel):
         with launch.replace({row.kernel: parameters}):
             launches = record_case(case, row.head_dim, DTYPES[row.element_size], architecture)
         try:
-            found = compile_launch(launches[name.removesuffix("_whole") if "forward" in name else name], architecture)
+            found = compile_launch(launches[launched(row.kernel)], architecture)
         except (RuntimeError, ZeroDivisionError):  # a layout that the compiler does not know, or too much memory
             return None
         if found.spilled or found.shared > ARCHITECTURES[architecture].shared:
