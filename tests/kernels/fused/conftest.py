@@ -1,11 +1,26 @@
 """These tests run with TRITON_INTERPRET=1: kernels are interpreted, on CPU tensors."""
 
 import numpy as np
+import pytest
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
 torch.set_num_threads(1)
+
+
+def check_numpy() -> None:
+    """Triton's interpreter before 3.7 turns arrays of one element into numbers, which numpy 2.4 no longer does."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        raise pytest.UsageError(
+            f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and numpy is {np.__version__}: "
+            "pip install 'numpy<2.4', or triton>=3.7"
+        )
+
+
+check_numpy()
 
 
 def repair_bfloat16_products() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 import vicinal.zoo  # noqa: F401 (registers the models)
 from vicinal.kernels import backend
 
-MODELS = ["transnext_pico", "biformer_pico"]
+MODELS = ["transnext_pico", "biformer_pico", "nat_pico", "davit_pico_vicinal"]
+SLOW_MODELS = ["dinat_pico", "maxvit_pico", "litv2_pico", "halonet_pico", "lamhalobotnet_pico"]
 
 
 def logits_and_gradients(model: torch.nn.Module, images: Tensor, name: str) -> dict[str, Tensor]:
@@ -19,7 +20,7 @@ def logits_and_gradients(model: torch.nn.Module, images: Tensor, name: str) -> d
     return {"logits": logits.detach(), **dict(zip(parameters, gradients, strict=True))}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MODELS)])
 def test_fused_and_tiled_models_agree(name: str) -> None:
     """Up to float32 rounding, 6e-8, in sums of some hundred terms; errors count beside the largest gradient."""
     torch.manual_seed(0)
