@@ -193,7 +193,8 @@ def refuse_tensors(query: Tensor) -> Optional[str]:
     if query.device.type != "cuda":
         return f"query is on {query.device.type}; Triton kernels run on GPUs (on the CPU under TRITON_INTERPRET=1)"
     if architecture(query.device) is None:
-        return "the launch table has no entry for this GPU; it covers Ampere, Ada, Hopper and Blackwell"
+        why = "; the kernels compile for ROCm but have never run there" if torch.version.hip else ""
+        return f"the launch table has no entry for this GPU; it covers Ampere, Ada, Hopper and Blackwell{why}"
     return None
 
 
