@@ -85,6 +85,13 @@ def test_recipe_errors_say_what_is_wrong(recipe, text, message):
         (["--random-erasing", "1.5"], "--random-erasing 1.5"),
         (["--val-fraction", "0"], "--val-fraction 0"),
         (["--repeats", "0"], "--repeats 0"),
+        (["--save-interval", "0"], "--save-interval 0"),
+        (["--keep", "0"], "--keep 0"),
+        (["--max-broken", "-1"], "--max-broken -1"),
+        (["--max-skips", "-1"], "--max-skips -1"),
+        (["--overfit-batch", "-1"], "--overfit-batch -1"),
+        (["--sharded-checkpoints"], "add it, or leave the flag out"),
+        (["--parallel", "fsdp", "--clip-grad", "1", "--clip-mode", "agc"], "use --clip-mode norm"),
     ],
 )
 def test_cross_checks_name_the_flag(arguments, flag):

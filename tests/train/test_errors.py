@@ -137,6 +137,17 @@ def test_resume_from_a_damaged_checkpoint(train, capsys):
     assert "trainer.pt" in capsys.readouterr().err
 
 
+def test_batch_norm_over_processes_needs_cuda(train, capsys):
+    assert train("--model", "test_resnet", "--sync-bn")[0] == 2
+    assert "--sync-bn: torch has SyncBatchNorm for CUDA only" in capsys.readouterr().err
+
+
+def test_model_without_checkpointing_of_activations(train, monkeypatch, capsys):
+    monkeypatch.delattr("timm.models.vision_transformer.VisionTransformer.set_grad_checkpointing")
+    assert train("--grad-checkpointing")[0] == 2
+    assert "--grad-checkpointing: VisionTransformer does not support it" in capsys.readouterr().err
+
+
 def test_missing_device(fails):
     assert "--device tpu: expected auto, cpu, cuda or cuda:N" in fails("train", "--device", "tpu")
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from vicinal.__main__ import main
 from vicinal.train import loop
+from vicinal.train.build import resolve_precision
+from vicinal.train.config import RunConfig
 from vicinal.train.distributed import World
 from vicinal.train.log import EPOCH_FIELDS
 from vicinal.train.recipe import parse_arguments, read_recipe
@@ -305,3 +307,26 @@ def test_compiled_model_trains_and_saves_plain_names(train, records, monkeypatch
     assert code == 0
     assert weights(compiled).keys() == weights(plain).keys()
     assert records(compiled)[-1]["val_loss"] == pytest.approx(records(plain)[-1]["val_loss"], rel=1e-3)
+
+
+def test_recomputed_activations_change_nothing(train, records):
+    common = ("--epochs", 1, "--drop-path-rate", 0.2)
+    _, plain = train(*common, output="plain")
+    code, recomputed = train(*common, "--grad-checkpointing", output="recomputed")
+    assert code == 0
+    assert records(recomputed) == records(plain)
+    assert_identical(weights(recomputed), weights(plain))
+
+
+def test_deterministic_algorithms_are_asked_for(train):
+    try:
+        assert train("--epochs", 1, "--deterministic")[0] == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda", "bfloat16"), ("cpu", "float32")])
+def test_precision_goes_by_the_device(device, precision):
+    assert resolve_precision(RunConfig(), torch.device(device)) == precision
+    assert resolve_precision(RunConfig(precision="float16"), torch.device(device)) == "float16"
