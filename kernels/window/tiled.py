@@ -2,9 +2,9 @@
 
 Windows of one chunk are copied out of the map once, straight from any strides and across the border of a shifted map.
 Bias and shift masks are added to the scores in place: a mask touches the last row or column of windows only, and is
-never repeated over the batch. On a CPU, windows without masks go through torch's own attention. Scores, softmax and sums
-are float32 (float64 for float64 inputs); the weights are rounded to the dtype of the inputs before they are multiplied
-with it.
+never repeated over the batch. On a CPU, windows without masks go through torch's own attention. Scores, softmax and
+sums are float32 (float64 for float64 inputs); the weights are rounded to the dtype of the inputs before they are
+multiplied with it.
 """
 
 from dataclasses import dataclass
