@@ -1,33 +1,43 @@
-"""``vicinal bench models``: CPU time and memory of whole models, beside timm's model of the same architecture."""
+"""``vicinal bench models``: time and memory of whole models, or of their attention alone, beside timm's and plain ones.
+
+The plain form of a model computes its attention as the official code does without extensions of its own: neighbours,
+halos and routed regions are gathered, and the weights are stored.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..kernels import backend
 from ..train.errors import UserError, nearest
-from .measure import least_cpu_times, peak_bytes, report, tracked
+from .measure import least_times, peak_bytes, report, tracked
 
 # Ours and timm's of the same architecture, at a size that both take.
 COUNTERPARTS = {
     "davit_tiny_vicinal": "davit_tiny",
     "maxvit_tiny": "maxvit_tiny_tf_224",
     "convit_tiny_vicinal": "convit_tiny",
+    "convit_small_vicinal": "convit_small",
     "shvit_s1_vicinal": "shvit_s1",
+    "shvit_s4_vicinal": "shvit_s4",
     "halonet26t_vicinal": "halonet26t",
+    "halonet_h1_vicinal": "halonet_h1",
 }
 STEPS = ("inference", "training")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure models on the CPU in float32: least process CPU time, and peak memory of the tensors of a step."""
+    """Measure models: least process CPU time, or time on a GPU, and peak memory of the tensors of a step."""
 
     models: tuple[str, ...] = ()
     """Names of our models; if none is given, all that timm has too."""
@@ -35,6 +45,14 @@ class BenchOptions:
     """Images of a step."""
     img_size: int | None = None
     """Height and width of the images; each model's own if not given."""
+    part: Literal["model", "attention"] = "model"
+    """What is measured: the whole model, or only its attention modules, on the maps that reach them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: by autocast."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run; on a GPU images and weights are channels-last."""
+    compile: bool = False
+    """Also measure ours and timm's under torch.compile."""
     repeats: int = 3
     """Runs of which the fastest counts."""
     csv: Path | None = None
@@ -47,17 +65,20 @@ class BenchOptions:
         for name in self.models:
             if not timm.is_model(name):
                 raise UserError(f"--models {name}: no such model; {nearest(name, timm.list_models())}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ratios are to ours with its fastest kernels."""
+    """One line of the table; ratios are to ours with the backends that it takes by itself."""
 
     model: str
     image: str
     step: str
     implementation: str
-    cpu_ms: float
+    ms: float
+    images_per_second: float
     ratio_to_ours: float
     peak_mib: float
 
@@ -67,45 +88,111 @@ def main(argv: Sequence[str]) -> int:
     import tyro
 
     options = tyro.cli(BenchOptions, prog="vicinal bench models", args=argv)
-    names = options.models or [name for name in COUNTERPARTS if timm.is_model(name)]
-    report([row for name in tracked(names) for row in _measure_model(name, options)], options.csv)
+    report(
+        [row for name in tracked(options.models or list(COUNTERPARTS)) for row in _measure(name, options)], options.csv
+    )
     return 0
 
 
-def _measure_model(name: str, options: BenchOptions) -> Iterator[Row]:
+class AttentionModules(nn.Module):
+    """The attention modules of a network, each on the input that it has for these images."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(_outermost(model))
+        received: list[Tensor] = []
+        hooks = [part.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0])) for part in self.parts]
+        with torch.no_grad():
+            model.eval()(images)
+        for hook in hooks:
+            hook.remove()
+        self.inputs = nn.ParameterList(received)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return torch.stack([part(image).square().mean() for part, image in zip(self.parts, self.inputs, strict=True)])
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """Modules that can compute their attention in a plain form, without those inside another one."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "fused_attn") and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    if not found:
+        raise UserError("--part attention: this model has no attention modules with a plain form; leave --part out")
+    return list(found.values())
+
+
+def _measure(name: str, options: BenchOptions) -> Iterator[Row]:
     ours = timm.create_model(name)
     size = options.img_size or ours.pretrained_cfg["input_size"][-1]
-    images = torch.randn(options.batch_size, 3, size, size)
-    for step, run in zip(STEPS, (_infer, _train), strict=True):
-        calls: dict[str, Callable[[], None]] = {"ours": partial(run, ours, images)}
-        calls["ours, reference kernels"] = partial(_with_reference, run, ours, images)
-        if name in COUNTERPARTS:
-            calls["timm"] = partial(run, timm.create_model(COUNTERPARTS[name]), images)
-        times = least_cpu_times(calls, options.repeats)
-        for implementation, call in calls.items():
-            ratio = times[implementation] / times["ours"]
-            memory = peak_bytes(call) / 2**20
+    images = _place(torch.randn(options.batch_size, 3, size, size), options)
+    networks = dict(_networks(name, _place(ours, options), images, options))
+    for step in STEPS:
+        calls = {
+            label: partial(_run, step, network, images, context, options.dtype)
+            for label, (network, context) in networks.items()
+        }
+        times = least_times(calls, options.repeats, options.device)
+        for label, seconds in times.items():
             yield Row(
                 name,
-                f"{options.batch_size}x{size}x{size}",
+                "x".join(map(str, (options.batch_size, size, size))),
                 step,
-                implementation,
-                times[implementation] * 1e3,
-                ratio,
-                memory,
+                label,
+                seconds * 1e3,
+                options.batch_size / seconds,
+                seconds / times["ours"],
+                peak_bytes(calls[label], options.device) / 2**20,
             )
 
 
-def _infer(model: nn.Module, images: torch.Tensor) -> None:
-    with torch.inference_mode():
-        model.eval()(images)
+def _place(thing: nn.Module | Tensor, options: BenchOptions) -> nn.Module | Tensor:
+    if options.device == "cpu":
+        return thing
+    return thing.to(options.device, memory_format=torch.channels_last)
 
 
-def _train(model: nn.Module, images: torch.Tensor) -> None:
-    model.train().zero_grad(set_to_none=True)
-    model(images).square().mean().backward()
+def _networks(
+    name: str, ours: nn.Module, images: Tensor, options: BenchOptions
+) -> Iterator[tuple[str, tuple[nn.Module, Callable[[], AbstractContextManager]]]]:
+    """What is compared: a network, and the context that it runs in."""
+    subject = AttentionModules(ours, images) if options.part == "attention" else ours
+    yield "ours", (subject, nullcontext)
+    if options.device == "cuda":
+        yield "ours, tiled", (subject, partial(backend, "tiled"))
+    yield "ours, plain attention", (subject, partial(plain_attention, subject))
+    theirs = None
+    if name in COUNTERPARTS and options.part == "model":
+        theirs = _place(timm.create_model(COUNTERPARTS[name]), options)
+        yield "timm", (theirs, nullcontext)
+    if options.compile:
+        yield "ours, compiled", (torch.compile(subject), nullcontext)
+        if theirs is not None:
+            yield "timm, compiled", (torch.compile(theirs), nullcontext)
 
 
-def _with_reference(run: Callable[[nn.Module, torch.Tensor], None], model: nn.Module, images: torch.Tensor) -> None:
-    with backend("reference"):
-        run(model, images)
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Have the attention of a model computed in its plain form."""
+    parts = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    with ExitStack() as stack:
+        stack.enter_context(backend("reference"))
+        for part in parts:
+            part.fused_attn = False
+            stack.callback(setattr, part, "fused_attn", True)
+        yield
+
+
+def _run(
+    step: str, model: nn.Module, images: Tensor, context: Callable[[], AbstractContextManager], dtype: str
+) -> None:
+    training = step == "training"
+    model.train(training)
+    cast = torch.autocast(images.device.type, DTYPES[dtype], enabled=dtype != "float32")
+    with context(), torch.inference_mode(not training):
+        with cast:
+            output = model(images)
+        if training:
+            model.zero_grad(set_to_none=True)
+            output.float().square().mean().backward()
