@@ -37,7 +37,7 @@ class BenchOptions:
     """Images of an update, and of a loader's batch."""
     images: int = 256
     """JPEGs that each loader reads in a turn; they are made for it."""
-    repeats: int = 5
+    repeats: int = 10
     """Turns of which the fastest counts."""
     csv: Path | None = None
     """Also write the table to this file."""

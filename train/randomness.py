@@ -28,6 +28,8 @@ def seed_host(seed: int) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed the host generators and those of every accelerator."""
+    """Seed the host generators and those of CUDA devices in use."""
     seed_host(seed)
-    torch.manual_seed(seed)
+    # torch.manual_seed takes half a millisecond where CUDA is not in use: it notes a stack trace for later.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
