@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from . import __version__
 
@@ -9,6 +10,9 @@ USAGE = """usage: vicinal COMMAND [options]     (vicinal COMMAND --help lists th
 
 commands:
   train    train an image classifier; torchrun -m vicinal.train runs it on several processes
+  detect   train, test or show a detector (MMDetection); torchrun -m vicinal detect train ...
+  segment  the same for semantic segmentation (MMSegmentation)
+  shapes   write synthetic scenes for both
   eval     top-1 and top-5 accuracy of a checkpoint
   data     check a data set: classes, counts, images that cannot be read
   plot     draw the curves of one run or several
@@ -34,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     runners = {
         "train": _train,
+        "detect": partial(_dense, "detect"),
+        "segment": partial(_dense, "segment"),
+        "shapes": _shapes,
         "eval": _classify,
         "data": _data,
         "plot": _plot,
@@ -89,6 +96,30 @@ def _conclude(outcome, draws_report: bool) -> None:
     print(f"checkpoint: {folder.path / 'best'}")
     if draws_report:
         print(f"picture: {folder.report}")
+
+
+def _dense(task: str, argv: Sequence[str]) -> int:
+    from .train.errors import UserError
+
+    action, *rest = argv or ["--help"]
+    if action == "train":
+        from .train.dense.options import train_command
+
+        return train_command(task, rest)
+    if action in ("test", "show"):
+        from .eval import dense
+
+        return dense.main(task, action, rest)
+    if action in ("-h", "--help"):
+        print(f"usage: vicinal {task} train CONFIG | test RUN | show RUN     (each takes --help)")
+        return 0
+    raise UserError(f"unknown action {action!r}: vicinal {task} train, test or show")
+
+
+def _shapes(argv: Sequence[str]) -> int:
+    from .train import shapes
+
+    return shapes.main(argv)
 
 
 def _classify(argv: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ setup(
     package_dir={"vicinal": "."},
     packages=list_packages(),
     py_modules=[],
-    package_data={"vicinal.configs": ["*.yaml", "*/*.yaml", "*/*.sbatch"]},
+    package_data={"vicinal.configs": ["*.yaml", "*/*.yaml", "*/*.sbatch", "*/*.py", "*/*/*.py"]},
     exclude_package_data={"vicinal": ["setup.py"]},
     install_requires=[
         "torch>=2.8",
@@ -47,6 +47,12 @@ setup(
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
         "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
         "log": ["tensorboard>=2.14", "wandb>=0.16"],
+        "detection": [
+            "onedl-mmengine>=0.10.12,<0.11",
+            "onedl-mmcv>=2.3.6,<2.4",
+            "onedl-mmdetection>=3.5.1,<3.6",
+            "onedl-mmsegmentation>=1.4.2,<1.5",
+        ],
         "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "expecttest", "ruff", "build", "wheel"],
     },
     entry_points={"console_scripts": ["vicinal = vicinal.__main__:main"]},

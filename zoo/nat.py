@@ -35,7 +35,8 @@ class NeighborhoodTransformer(Backbone):
         depths: blocks of each stage.
         num_heads: heads of each stage.
         kernel_size: neighbours per axis.
-        dilations: dilation of the odd blocks of each stage, or of all (the even blocks have 1).
+        dilations: dilation of the odd blocks of each stage, or of all (the even blocks have 1); in place of a stage's
+            number, a sequence of its blocks' dilations, repeated as needed.
         mlp_ratio: hidden width of the MLP as a multiple of its input.
         layer_scale: initial layer scale, None for none.
         swin_layout: patchify stem and patch merging (DiNAT_s) in place of overlapping convolutions.
@@ -54,7 +55,7 @@ class NeighborhoodTransformer(Backbone):
         depths: Sequence[int] = (3, 4, 18, 5),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         kernel_size: int = 7,
-        dilations: Union[int, Sequence[int]] = 1,
+        dilations: Union[int, Sequence[Union[int, Sequence[int]]]] = 1,
         mlp_ratio: float = 3.0,
         layer_scale: Optional[float] = None,
         swin_layout: bool = False,
@@ -77,7 +78,7 @@ class NeighborhoodTransformer(Backbone):
                 widths[stage],
                 num_heads[stage],
                 kernel_size=kernel_size,
-                dilation=dilations[stage] if index % 2 else 1,
+                dilation=_block_dilation(dilations[stage], index),
                 attn_drop=attn_drop_rate,
                 proj_drop=proj_drop_rate,
                 **dd,
@@ -184,6 +185,12 @@ class IsotropicNeighborhoodTransformer(Backbone):
                 window = tuple((size + 1) // 2 for size in shape[1:])
                 state_dict[key] = resize_rel_pos_bias_table_simple(state_dict[key], window, shape)
         return state_dict
+
+
+def _block_dilation(of_stage: Union[int, Sequence[int]], index: int) -> int:
+    if isinstance(of_stage, int):
+        return of_stage if index % 2 else 1
+    return of_stage[index % len(of_stage)]
 
 
 def _conv_stem(in_chans: int, embed_dim: int, device=None, dtype=None) -> nn.Module:

@@ -1,0 +1,4 @@
+# TransNeXt-Base, DINO with 5 scales, 12 epochs, batch 16 (8 GPUs, 1 image each, 2 steps accumulated), float32.
+# Published (DaiShiResearch/TransNeXt): box AP 57.1.
+_base_ = "dino_5scale_transnext_tiny_12e.py"
+model = dict(backbone=dict(model="transnext_base", drop_path_rate=0.6), neck=dict(in_channels=[96, 192, 384, 768]))

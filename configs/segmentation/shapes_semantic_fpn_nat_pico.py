@@ -1,0 +1,47 @@
+# First light for segmentation: Semantic FPN with a small NAT on synthetic scenes of three shapes, from random weights.
+#
+#   vicinal shapes runs/scenes
+#   vicinal segment train shapes_semantic_fpn_nat_pico --data runs/scenes --output runs/shapes_maps
+#
+# Cost: about 3 minutes on one CPU core. Result, measured once: mean IoU 47 %, pixel accuracy 93 %; it still learns when
+# the schedule ends.
+_base_ = ["_base_/runtime.py", "_base_/semantic_fpn.py", "_base_/ade20k.py"]
+
+width = 64
+model = dict(
+    data_preprocessor=dict(size=(128, 128)),
+    backbone=dict(model="nat_pico", pretrained=False, output_norm="layer"),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=width, norm_cfg=dict(type="GN", num_groups=8)),
+    decode_head=dict(in_channels=[width] * 4, channels=width),
+)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="RandomFlip", prob=0.5, direction=["horizontal", "vertical"]),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
+in_process = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(batch_size=8, **in_process, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(batch_size=10, **in_process, dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+max_iters, warmup, lr = 500, 50, 2e-3
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=lr, weight_decay=0.05),
+    clip_grad=dict(max_norm=5.0, norm_type=2),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warmup),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=warmup, end=max_iters, eta_min=0.01 * lr),
+]
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100))

@@ -1,0 +1,9 @@
+# DaViT-Base, UPerNet, ADE20K, 160k iterations, crop 512, batch 16.
+# Published (dingmyu/davit): mIoU 49.4.
+# The drop-path rate of this size is not published; this is the Tiny one's.
+_base_ = "upernet_davit_tiny_160k.py"
+model = dict(
+    backbone=dict(model="davit_base_vicinal"),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)

@@ -1,0 +1,226 @@
+"""``vicinal detect`` and ``vicinal segment``: runs, resumption, refusals, pictures, the proof of learning."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vicinal.__main__ import main
+from vicinal.checkpoints import save_model
+
+DETECT = ["shapes_mask_rcnn_nat_pico", "--threads", "1", "--batch-size", "2"]
+SEGMENT = ["shapes_semantic_fpn_nat_pico", "--threads", "1", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "shapes"
+    arguments = ["--train-images", "8", "--val-images", "3", "--img-size", "64"]
+    assert main(["shapes", str(root), *arguments]) == 0
+    return root
+
+
+def own_coco(scenes: Path) -> list[str]:
+    return ["--train", f"{scenes}/train.json", "--val", f"{scenes}/val.json", "--images", f"{scenes}/images"]
+
+
+@pytest.fixture(scope="module")
+def detector(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four iterations with a checkpoint after each second one."""
+    folder = tmp_path_factory.mktemp("runs") / "detector"
+    keep = ["--set", "default_hooks.checkpoint.interval=2", "default_hooks.checkpoint.max_keep_ckpts=9"]
+    arguments = [*DETECT, *own_coco(scenes), "--iterations", "4", "--output", str(folder), *keep]
+    assert main(["detect", "train", *arguments]) == 0
+    return folder
+
+
+def test_scenes_agree_in_boxes_masks_and_maps(scenes: Path):
+    content = json.loads((scenes / "train.json").read_text())
+    assert [category["name"] for category in content["categories"]] == ["rectangle", "circle", "triangle"]
+    assert len(content["images"]) == 8
+    for entry in content["annotations"]:
+        image = content["images"][entry["image_id"]]
+        labels = np.array(Image.open(scenes / "annotations" / image["file_name"]))
+        x, y, width, height = entry["bbox"]
+        inside = labels[y : y + height, x : x + width] == entry["category_id"]
+        # the outline's pixels are drawn too, so that the polygon's area is a little less than the count
+        assert entry["area"] <= inside.sum() <= entry["area"] + 2 * (width + height)
+        assert inside.any(0).all()
+        assert inside.any(1).all()
+
+
+def test_scenes_follow_from_the_seed(scenes: Path, tmp_path: Path):
+    arguments = ["--train-images", "8", "--val-images", "3", "--img-size", "64"]
+    assert main(["shapes", str(tmp_path / "again"), *arguments]) == 0
+    assert main(["shapes", str(tmp_path / "other"), *arguments, "--seed", "1"]) == 0
+    files = [path.relative_to(scenes) for path in scenes.rglob("*") if path.is_file()]
+    assert all((tmp_path / "again" / file).read_bytes() == (scenes / file).read_bytes() for file in files)
+    assert (tmp_path / "other" / "train.json").read_bytes() != (scenes / "train.json").read_bytes()
+
+
+def test_a_run_leaves_config_checkpoint_and_weights(detector: Path):
+    assert {"config.py", "iter_2.pth", "iter_4.pth", "model.safetensors"} <= {path.name for path in detector.iterdir()}
+    assert "num_classes=3" in (detector / "config.py").read_text()
+    assert (detector / "last_checkpoint").read_text().strip().endswith("iter_4.pth")
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(detector: Path, scenes: Path, tmp_path: Path):
+    arguments = [*DETECT, *own_coco(scenes), "--iterations", "4", "--output", str(tmp_path / "resumed")]
+    assert main(["detect", "train", *arguments, "--resume", str(detector / "iter_2.pth")]) == 0
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (detector, tmp_path / "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+
+
+def test_resumption_without_the_seeds_of_its_iterations_would_differ(detector: Path, scenes: Path, tmp_path: Path):
+    arguments = [*DETECT, *own_coco(scenes), "--iterations", "4", "--output", str(tmp_path / "resumed"), "--seed", "1"]
+    assert main(["detect", "train", *arguments, "--resume", str(detector / "iter_2.pth")]) == 0
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (detector, tmp_path / "resumed"))
+    assert any(not torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_test_prints_the_evaluators_figures(detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["detect", "test", str(detector), "--threads", "1", "--json", str(tmp_path / "result.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= printed.keys()
+    assert json.loads((tmp_path / "result.json").read_text()) == printed
+
+
+def test_show_draws_annotations_beside_predictions(detector: Path, scenes: Path, tmp_path: Path):
+    picture, files = tmp_path / "picture.png", sorted((scenes / "images" / "training").iterdir())[:2]
+    assert main(["detect", "show", str(detector), "--count", "2", "--score", "0", "--output", str(picture)]) == 0
+    both = np.array(Image.open(picture))
+    arguments = ["--files", *map(str, files), "--output", str(tmp_path / "files.png")]
+    assert main(["detect", "show", str(detector), *arguments]) == 0
+    alone = np.array(Image.open(tmp_path / "files.png"))
+    # two rows of two panels, of 64 pixels enlarged to 320, and two rows of one
+    assert (both.shape, alone.shape) == ((664, 664, 3), (664, 336, 3))
+    left, right = both[8:328, 8:328], both[8:328, 336:656]
+    assert not np.array_equal(left, right)
+
+
+def test_a_segmenter_trains_measures_and_draws(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "run"
+    backbone = ["--backbone", "davit_pico_vicinal", "--precision", "bfloat16"]
+    data = ["--data", str(scenes), "--set", "model.data_preprocessor.size=[64,64]"]
+    arguments = [*SEGMENT, *data, *backbone, "--iterations", "2", "--output", str(folder)]
+    assert main(["segment", "train", *arguments]) == 0
+    capsys.readouterr()
+    assert main(["segment", "test", str(folder)]) == 0
+    assert "mIoU" in json.loads(capsys.readouterr().out)
+    assert main(["segment", "show", str(folder), "--count", "1", "--output", str(tmp_path / "map.png")]) == 0
+    assert Image.open(tmp_path / "map.png").size == (664, 336)
+    config = (folder / "config.py").read_text()
+    assert "davit_pico_vicinal" in config
+    assert "dtype='bfloat16'" in config
+
+
+def test_a_classifiers_run_becomes_the_backbone(scenes: Path, tmp_path: Path):
+    torch.manual_seed(5)
+    save_model(tmp_path / "classifier", timm.create_model("nat_pico", num_classes=10))
+    weights = ["--backbone-weights", str(tmp_path / "classifier"), "--backbone-kwargs", "frozen_stages=4"]
+    arguments = [*DETECT, *own_coco(scenes), "--iterations", "1", "--output", str(tmp_path / "run"), *weights]
+    assert main(["detect", "train", *arguments]) == 0
+    classifier, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("classifier", "run"))
+    inside = {key: value for key, value in classifier.items() if not key.startswith(("head.", "norm."))}
+    assert all(torch.equal(trained[f"backbone.model.{key}"], value) for key, value in inside.items())
+
+
+def test_two_processes_train_one_model(scenes: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["-m", "vicinal", "detect", "train", *DETECT, *own_coco(scenes), "--iterations", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "run")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # one process prints
+    assert done.stdout.count("iteration 2/2") == 1
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+class Bomb:
+    """Leaves a file behind where it is unpickled without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("door", ["test", "show", "resume", "backbone"])
+def test_a_malicious_checkpoint_is_refused(door: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    mark, checkpoint = tmp_path / "mark", tmp_path / "bomb.pth"
+    torch.save({"meta": {}, "state_dict": {"weight": torch.zeros(1)}, "optimizer": Bomb(mark)}, checkpoint)
+    arguments = {
+        "test": ["test", DETECT[0], "--checkpoint", str(checkpoint), *own_coco(scenes)],
+        "show": ["show", DETECT[0], "--checkpoint", str(checkpoint), *own_coco(scenes)],
+        "resume": ["train", *DETECT, "--resume", str(checkpoint), *own_coco(scenes)],
+        "backbone": ["train", *DETECT, "--backbone-weights", str(checkpoint), *own_coco(scenes)],
+    }[door]
+    if door in ("resume", "backbone"):
+        arguments += ["--output", str(tmp_path / "run")]
+    assert main(["detect", *arguments]) == 2
+    assert str(checkpoint) in capsys.readouterr().err
+    assert not mark.exists()
+    with pytest.raises(pickle.UnpicklingError, match="system"):
+        torch.load(checkpoint, weights_only=True)
+
+
+def test_mmengines_own_loading_is_guarded_too(tmp_path: Path):
+    from mmengine.runner import load_checkpoint
+
+    from vicinal.zoo.mmlab.weights import guard
+
+    guard()
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "extra": Bomb(tmp_path / "mark")}, tmp_path / "bomb.pth")
+    with pytest.raises(ValueError, match="refused to load"):
+        load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / "bomb.pth"))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["detect", "train", "mask_rcn_nat_mini_3x"], "did you mean mask_rcnn_nat_mini_3x"),
+        (["detect", "train", DETECT[0], "--train", "a.json"], "--train, --val and --images belong together"),
+        (["detect", "train", DETECT[0], "--data", "nowhere"], "no file nowhere/annotations/instances_train2017.json"),
+        (["detect", "train", DETECT[0], "--epochs", "3"], "counts iterations; use --iterations"),
+        (["detect", "train", DETECT[0], "--backbone", "nat_mino"], "did you mean nat_mini"),
+        (["detect", "train", DETECT[0], "--backbone", "shvit_s1_vicinal"], "strides \\[16, 32, 64\\]"),
+        (["detect", "train", DETECT[0], "--backbone-kwargs", "depth=3", "--backbone", "nat_pico"], "depth"),
+        (["detect", "test", DETECT[0]], "give its weights by --checkpoint"),
+        (["segment", "train", SEGMENT[0], "--data", "nowhere"], "no images in nowhere/images/training"),
+        (["segment", "fly", SEGMENT[0]], "unknown action 'fly'"),
+        (["shapes", "out", "--img-size", "8"], "--img-size 8"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(arguments: list, message: str, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+
+
+@pytest.mark.slow
+def test_a_detector_learns_the_shapes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    scenes = tmp_path / "scenes"
+    assert main(["shapes", str(scenes)]) == 0
+    assert main(["detect", "train", *DETECT[:3], *own_coco(scenes), "--output", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["detect", "test", str(tmp_path / "run")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["coco/bbox_mAP"] >= 0.60
+    assert figures["coco/segm_mAP"] >= 0.55

@@ -1,0 +1,93 @@
+"""What a run does besides MMEngine's own: seeding by counters, and a line on the terminal now and then."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mmengine.dist import get_rank, master_only
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from ..randomness import seed_all, stream_seed
+
+_FIGURES = ("mAP", "mAP_50", "mIoU", "mAcc", "aAcc")
+
+
+class CountedSeeds(Hook):
+    """Seeds every step by (seed, iteration, rank), so that a resumed run draws what the uninterrupted one drew.
+
+    With loader processes only the order of the images repeats after a resumption, not the changes to them.
+
+    Args:
+        seed: of the run.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_train(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        if hasattr(loop, "dataloader_iterator"):
+            loop.dataloader_iterator = _SeededBatches(
+                loop.dataloader_iterator, lambda: self._seed("batch", runner.iter)
+            )
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._seed("batch", runner.iter)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._seed("step", runner.iter)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._seed("batch", runner.iter + 1)
+
+    def _seed(self, purpose: str, iteration: int) -> None:
+        seed_all(stream_seed(purpose, self.seed, iteration, get_rank()))
+
+
+class Progress(Hook):
+    """Prints one line every so many iterations, and one after each validation, on the primary process.
+
+    Args:
+        interval: iterations between two lines.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    @master_only
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self.every_n_train_iters(runner, self.interval) or runner.iter + 1 == runner.max_iters:
+            seen = runner.message_hub.log_scalars
+            loss, seconds = (seen[f"train/{name}"].mean(self.interval) for name in ("loss", "time"))
+            lr = runner.optim_wrapper.get_lr()["lr"][0]
+            done = f"iteration {runner.iter + 1}/{runner.max_iters}"
+            print(f"{done}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s each", flush=True)
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        print(f"validation: {describe_metrics(metrics or {})}", flush=True)
+
+
+def describe_metrics(metrics: dict[str, float]) -> str:
+    """The overall figures of an evaluator: average precisions, or mean IoU and accuracy."""
+    shown = {key.rpartition("/")[2]: value for key, value in metrics.items() if key.endswith(_FIGURES)}
+    return "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+
+
+class _SeededBatches(Iterator):
+    """The iterator of an iteration-based loop, with a seeding before each batch."""
+
+    def __init__(self, batches: Any, seed: Callable[[], None]) -> None:
+        self.batches, self.seed = batches, seed
+
+    def __next__(self) -> Any:
+        self.seed()
+        return next(self.batches)
+
+    def skip_iter(self, count: int) -> None:
+        """Pass over the batches of iterations that are done, as MMEngine's loop asks when it resumes."""
+        self.batches.skip_iter(count)
