@@ -137,7 +137,7 @@ def test_a_classifiers_run_becomes_the_backbone(scenes: Path, tmp_path: Path):
 
 
 def test_two_processes_train_one_model(scenes: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "vicinal", "detect", "train", *DETECT, *own_coco(scenes), "--iterations", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
