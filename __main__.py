@@ -14,6 +14,7 @@ commands:
   segment  the same for semantic segmentation (MMSegmentation)
   shapes   write synthetic scenes for both
   eval     top-1 and top-5 accuracy of a checkpoint
+  recipes  list the recipes of the package and their learning rates
   data     check a data set: classes, counts, images that cannot be read
   plot     draw the curves of one run or several
   report   draw the picture of a run: curves, predictions, attention maps
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "segment": partial(_dense, "segment"),
         "shapes": _shapes,
         "eval": _classify,
+        "recipes": _recipes,
         "data": _data,
         "plot": _plot,
         "report": _report,
@@ -126,6 +128,12 @@ def _classify(argv: Sequence[str]) -> int:
     from .eval import classify
 
     return classify.main(argv)
+
+
+def _recipes(argv: Sequence[str]) -> int:
+    from .train import rates
+
+    return rates.main(argv)
 
 
 def _data(argv: Sequence[str]) -> int:

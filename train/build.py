@@ -1,9 +1,11 @@
 """From configuration to model, task, optimizer and schedule; every name is checked before any work is done."""
 
 import inspect
+import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,12 +23,13 @@ from .config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, Tra
 from .data import InputSpec
 from .distributed import World
 from .errors import UserError, first_line, nearest
+from .probe import attach_attentive_head, freeze
 from .randomness import seed_all, stream_seed
 from .sharding import ShardedTask, is_whole_on_meta
 
 
 def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> nn.Module:
-    """Create the network.
+    """Create the network, with the head and what is frozen under ``probe``.
 
     Raises:
         UserError: unknown name, unknown option, an option's value that the model refuses, or weights that are missing.
@@ -37,12 +40,40 @@ def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> 
     options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate, **config.model_kwargs}
     if img_size is not None and not source and get_pretrained_cfg(name).fixed_input_size:
         options.setdefault("img_size", img_size)
+    if config.weights is not None:
+        options["pretrained_cfg_overlay"] = locate_weights(config.weights, name)
+    is_loaded = config.pretrained or config.weights is not None
     try:
-        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **options)
+        model = timm.create_model(config.name, pretrained=is_loaded, num_classes=num_classes, **options)
     except TypeError as error:
         raise UserError(f"--model {config.name}: {_explain_option(error, name)}") from error
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         raise UserError(f"--model {config.name}: {first_line(error)}") from error
+    if config.probe == "attentive":
+        model = attach_attentive_head(model, num_classes, config.probe_queries)
+    if config.probe is not None:
+        freeze(model)
+    return model
+
+
+def locate_weights(weights: str, name: str) -> dict[str, Any]:
+    """The entries of timm's pretrained_cfg that load a run, a folder of a checkpoint, a file, or another model's release.
+
+    Args:
+        weights: what ``--weights`` says.
+        name: of the model, whose number of classes a file is taken to have.
+    """
+    folders = [Path(weights), Path(weights) / "best", Path(weights) / "last"]
+    folder = next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
+    if folder is not None:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {"file": str(folder / "model.safetensors"), "num_classes": described["num_classes"]}
+    if Path(weights).is_file():
+        return {"file": weights, "num_classes": get_pretrained_cfg(name).num_classes}
+    if is_model(weights) and is_model_pretrained(weights):
+        cfg = get_pretrained_cfg(weights)
+        return {key: getattr(cfg, key) for key in ("url", "file", "hf_hub_id", "hf_hub_filename", "num_classes")}
+    raise UserError(f"--weights {weights}: no file, no folder of a run or a checkpoint, and no model with weights")
 
 
 def _check_model_name(name: str, pretrained: bool) -> None:
@@ -107,6 +138,8 @@ def build_task(model: nn.Module, source: nn.Module | None, config: TrainConfig, 
     soft = config.augmentation.mixes
     # Mixup smooths the targets itself, when it makes them soft.
     loss = {"soft_targets": True} if soft else {"smoothing": config.optimizer.label_smoothing}
+    if config.optimizer.loss == "bce":
+        loss |= {"loss_type": "bce", "bce_target_thresh": config.optimizer.bce_threshold}
     if run.parallel == "fsdp":
         if not next(model.parameters()).is_meta:
             model.to(world.device)
@@ -166,8 +199,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, up
     """The learning rate as a function of the number of updates done; it holds no state of its own."""
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=config.schedule,
-        num_epochs=config.epochs,
+        # Polynomial decay of power 1 is linear.
+        sched="poly" if config.schedule == "linear" else config.schedule,
+        decay_rate=1.0,
+        num_epochs=config.epochs - config.cooldown_epochs,
+        cooldown_epochs=config.cooldown_epochs,
         warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,

@@ -21,6 +21,7 @@ from .distributed import World
 from .images import open_images
 from .loader import Batches, BrokenImages
 from .randomness import seed_all, stream_seed
+from .rates import scale_rates
 from .state import TrainState
 
 
@@ -55,6 +56,7 @@ def build_components(config: TrainConfig, world: World) -> Components:
     Raises:
         UserError: the model, the data or the optimizer cannot be used.
     """
+    config = scale_rates(config, world.size)
     seed_all(stream_seed("weights", config.run.seed))
     train_images, val_images = open_images(config.data)
     num_classes = len(train_images.classes)

@@ -58,10 +58,23 @@ class ModelConfig:
     """Any name that timm.create_model takes: ours, timm's, or local-dir:FOLDER with a saved model."""
     pretrained: bool = False
     """Start from the model's released weights, with a fresh classifier where the number of classes differs."""
+    weights: str | None = None
+    """Start from these weights instead: a run, one of its checkpoint folders, a file, or a model's released ones."""
+    probe: Literal["linear", "attentive"] | None = None
+    """Train a new head only, on a frozen network: a linear one on its pooled features, or one with attention."""
+    probe_queries: int = 32
+    """Queries of the attentive probe; they divide the network's features."""
     drop_path_rate: float | None = None
     """Stochastic depth rate; the model's default if not given."""
     model_kwargs: Options = field(default_factory=dict)
     """Further options of the model, such as kernel_size=5."""
+
+    def __post_init__(self):
+        _check(
+            self.weights is None or not self.pretrained,
+            "--weights and --pretrained both say where the weights come from: leave one out",
+        )
+        _check(self.probe_queries >= 1, f"--probe-queries {self.probe_queries}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,11 @@ class DataConfig:
     """Images, and how they reach the network."""
 
     name: Annotated[str, tyro.conf.arg(name="data")] = "digits"
-    """digits (of scikit-learn), or a folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg to be split."""
+    """digits, mnist, a folder of images, tar, WebDataset or parquet shards, hfds/NAME, torch/NAME, or synthetic."""
+    data_dir: str | None = None
+    """Where torch/NAME lies, and where hfds/NAME is kept."""
+    download: bool = False
+    """Fetch torch/NAME if it is not there."""
     img_size: int | None = None
     """Height and width of the input in pixels; the model's own if not given."""
     batch_size: int = 128
@@ -152,13 +169,19 @@ class OptimizerConfig:
     optimizer: str = "adamw"
     """Any name of timm.optim.list_optimizers()."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, for an update of --lr-base-size images if that is given."""
+    lr_base_size: int | None = None
+    """Scale --lr by the images of an update (of all processes and accumulated batches) over this number."""
     weight_decay: float = 0.05
     """Weight decay; biases, norms and what the model exempts are left out."""
     layer_decay: float | None = None
     """Factor of the learning rate from one layer to the layer below it."""
     optimizer_kwargs: Options = field(default_factory=dict)
     """Further options of the optimizer, such as momentum=0.9 or eps=1e-6."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Softmax cross-entropy, or binary cross-entropy of each class by itself."""
+    bce_threshold: float | None = None
+    """Under --loss bce, take soft targets above this for 1 and the others for 0."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
     clip_grad: float | None = None
@@ -172,6 +195,14 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _check(self.lr > 0, f"--lr {self.lr}: must be positive")
+        _check(
+            self.lr_base_size is None or self.lr_base_size >= 1,
+            f"--lr-base-size {self.lr_base_size}: must be at least 1",
+        )
+        _check(
+            self.bce_threshold is None or (self.loss == "bce" and 0 <= self.bce_threshold < 1),
+            f"--bce-threshold {self.bce_threshold}: must lie in [0, 1), and goes with --loss bce",
+        )
         _check(self.accumulation >= 1, f"--accumulation {self.accumulation}: must be at least 1")
         _check(self.max_skips >= 0, f"--max-skips {self.max_skips}: must be at least 0")
         _check(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
@@ -187,21 +218,32 @@ class ScheduleConfig:
     """The learning rate over the run, through timm.scheduler, set before every update."""
 
     epochs: int = 100
-    """Passes over the training images, the warm-up among them."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """Passes over the training images, warm-up and cool-down among them."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""
     warmup_epochs: float = 5
     """Length of the linear warm-up in epochs."""
     warmup_lr: float = 1e-6
     """Learning rate at which the warm-up starts."""
+    cooldown_epochs: int = 0
+    """Last epochs, at --min-lr."""
     min_lr: float = 1e-5
-    """Learning rate at which the cosine ends."""
+    """Learning rate at which the schedule ends, unless it is constant."""
+    scale_all: bool = False
+    """Let --lr-base-size scale --warmup-lr and --min-lr too."""
 
     def __post_init__(self):
         _check(self.epochs >= 1, f"--epochs {self.epochs}: must be at least 1")
+        _check(self.cooldown_epochs >= 0, f"--cooldown-epochs {self.cooldown_epochs}: must be at least 0")
         _check(
-            0 <= self.warmup_epochs < self.epochs,
-            f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}: lower it or raise --epochs",
+            self.cooldown_epochs == 0 or self.schedule != "constant",
+            "--cooldown-epochs stay at --min-lr, which --schedule constant does not reach: leave them out",
+        )
+        cooldown = f" with --cooldown-epochs {self.cooldown_epochs}" if self.cooldown_epochs else ""
+        _check(
+            0 <= self.warmup_epochs < self.epochs - self.cooldown_epochs,
+            f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}{cooldown}: "
+            "lower it or raise --epochs",
         )
 
 
@@ -287,12 +329,20 @@ class TrainConfig:
 
     def __post_init__(self):
         _check(
-            self.schedule.min_lr <= self.optimizer.lr,
+            self.schedule.schedule == "constant" or self.schedule.min_lr <= self.optimizer.lr,
             f"--min-lr {self.schedule.min_lr} exceeds --lr {self.optimizer.lr}: lower --min-lr",
         )
         _check(
             self.run.parallel == "ddp" or self.optimizer.clip_grad is None or self.optimizer.clip_mode != "agc",
             "--clip-mode agc needs whole weights, and --parallel fsdp has shares: use --clip-mode norm",
+        )
+        _check(
+            self.run.parallel == "ddp" or self.model.probe is None,
+            "--probe trains a head only, which needs no shares: use --parallel ddp",
+        )
+        _check(
+            self.optimizer.lr_base_size is not None or not self.schedule.scale_all,
+            "--scale-all has nothing to scale by: set --lr-base-size",
         )
         _check(
             self.data.batch_size % 2 == 0 or not self.augmentation.mixes,

@@ -19,6 +19,7 @@ from .errors import RunPaused, RunStopped, UserError
 from .evaluate import evaluate
 from .folder import RunFolder, find_resume_point
 from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, read_records
+from .probe import set_training_mode
 from .profiling import UpdateProfiler
 from .recipe import write_recipe
 from .screen import Progress, open_screen, peak_memory
@@ -201,7 +202,7 @@ class Trainer:
         """The updates of an epoch, on from ``state.position``."""
         state, sampler = self.state, self.parts.batches.sampler
         sampler.begin(state.epoch, state.position)
-        state.task.get_trainable_module().train()
+        set_training_mode(state.task.get_trainable_module())
         meter = Meter()
         for group in groups_of(self.parts.batches, self.config.optimizer.accumulation):
             self.parts.scheduler.step_update(self._updates_before())

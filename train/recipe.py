@@ -72,31 +72,68 @@ def find_config_argument(argv: Sequence[str]) -> str | None:
 
 def find_recipe(name: str) -> Path:
     """A recipe file by path, or by its name among the recipes that come with the package."""
-    candidates = [Path(name), RECIPES / name, RECIPES / f"{name}.yaml", RECIPES / Path(*Path(name).parts[1:])]
+    places = (RECIPES, RECIPES / "imagenet")
+    candidates = [Path(name), *(place / f"{name}{end}" for place in places for end in ("", ".yaml"))]
+    candidates.append(RECIPES / Path(*Path(name).parts[1:]))
     for path in candidates:
         if path.is_file():
             return path
-    known = [path.relative_to(RECIPES).as_posix() for path in sorted(RECIPES.rglob("*.yaml"))]
-    stem = Path(name).name.removesuffix(".yaml") + ".yaml"
-    raise UserError(f"--config {name}: no such file; {nearest(stem, known) or 'recipes: ' + ', '.join(known)}")
+    known = [path.relative_to(RECIPES).as_posix().removesuffix(".yaml") for path in list_recipes()]
+    hint = nearest(Path(name).name.removesuffix(".yaml"), [Path(item).name for item in known])
+    raise UserError(f"--config {name}: no such file; {hint or 'vicinal recipes lists those of the package'}")
+
+
+def list_recipes() -> list[Path]:
+    """The recipes that come with the package, without those that only others extend (``_name.yaml``)."""
+    return sorted(path for path in RECIPES.rglob("*.yaml") if not path.name.startswith("_"))
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read a recipe into its sections.
 
+    Its key ``extends`` names a recipe below it, relative to its own folder, whose values hold where it is silent.
+
     Returns:
         Section name -> section dataclass, for every section, with defaults where the recipe is silent.
 
     Raises:
-        UserError: not YAML, an unknown section or key (with the nearest valid one), or a value of the wrong type.
+        UserError: not YAML, an unknown section or key (with the nearest valid one), a value of the wrong type, or a
+            recipe below it that is missing or leads back to it.
+    """
+    content = _read_merged(Path(path), ())
+    return {name: _read_section(section, content.get(name), f"{path}: {name}") for name, section in SECTIONS.items()}
+
+
+def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+    """Keys by section, of a recipe and of those that it extends.
+
+    Args:
+        above: the recipes that led here.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    content = _require_mapping(content, str(path))
-    _refuse_unknown(content, SECTIONS, str(path))
-    return {name: _read_section(section, content.get(name), f"{path}: {name}") for name, section in SECTIONS.items()}
+    content = dict(_require_mapping(content, str(path)))
+    base = content.pop("extends", None)
+    _refuse_unknown(content, (*SECTIONS, "extends"), str(path))
+    merged = _read_base(base, path, (*above, path.resolve())) if base is not None else {}
+    for name, section in content.items():
+        keys = _require_mapping(section, f"{path}: {name}")
+        merged[name] = {**merged.get(name, {}), **keys}
+    return merged
+
+
+def _read_base(name: Any, path: Path, above: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+    base = path.parent / str(name)
+    if not base.is_file():
+        known = sorted(item.name for item in path.parent.glob("*.yaml") if item != path)
+        raise UserError(
+            f"{path}: extends {name!r}, which is not there; {nearest(str(name), known) or 'see ' + str(base)}"
+        )
+    if base.resolve() in above:
+        raise UserError(f"{path}: extends {name!r}, which extends this recipe again")
+    return _read_merged(base, above)
 
 
 def write_recipe(config: TrainConfig, path: str | Path) -> None:

@@ -20,6 +20,7 @@ from .config import AugmentationConfig, TrainConfig
 from .distributed import World
 from .errors import RunStopped
 from .loop import default_output, prepare_process
+from .probe import set_training_mode
 from .screen import peak_memory
 from .update import Updater, groups_of
 
@@ -37,7 +38,7 @@ def dry_run(config: TrainConfig, world: World) -> None:
     updater = Updater(config, world, parts.state, parts.preprocess)
     parts.batches.sampler.begin(0)
     macs = count_macs(parts.state.model, parts.spec.img_size, world) if config.run.parallel == "ddp" else None
-    parts.state.task.get_trainable_module().train()
+    set_training_mode(parts.state.task.get_trainable_module())
     started = time.perf_counter()
     group = next(groups_of(parts.batches, config.optimizer.accumulation))
     loaded = time.perf_counter()
@@ -132,7 +133,7 @@ def overfit_batch(config: TrainConfig, world: World, updates: int) -> None:
     updater = Updater(config, world, parts.state, parts.preprocess)
     parts.batches.sampler.begin(0)
     batch = next(iter(parts.batches))
-    parts.state.task.get_trainable_module().train()
+    set_training_mode(parts.state.task.get_trainable_module())
     losses = [updater.run([batch], (0, 0)).loss for _ in range(updates)]
     accuracy = _accuracy(parts, batch)
     line = (

@@ -10,10 +10,12 @@ from .halonet import HaloNet
 from .litv2 import LITv2
 from .maxvit import MaxViT
 from .nat import IsotropicNeighborhoodTransformer, NeighborhoodTransformer
+from .probe import AttentiveProbe
 from .shvit import SHViT
 from .transnext import TransNeXt
 
 __all__ = [
+    "AttentiveProbe",
     "BiFormer",
     "ConViT",
     "DaViT",

@@ -94,7 +94,7 @@ def test_unreadable_image(train, tmp_path, capsys):
 
 def test_missing_config(fails):
     line = fails("train", "--config", "configs/firstrun.yaml")
-    assert "--config configs/firstrun.yaml: no such file; did you mean first_run.yaml?" in line
+    assert "--config configs/firstrun.yaml: no such file; did you mean first_run?" in line
 
 
 def test_bad_yaml(fails, tmp_path):
