@@ -44,7 +44,8 @@ setup(
         "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
-        "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
+        "data": ["datasets>=3"],
+        "demo": ["scikit-learn>=1.4", "matplotlib>=3.8", "mlxtend>=0.23"],
         "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
         "log": ["tensorboard>=2.14", "wandb>=0.16"],
         "detection": [
@@ -53,7 +54,7 @@ setup(
             "onedl-mmdetection>=3.5.1,<3.6",
             "onedl-mmsegmentation>=1.4.2,<1.5",
         ],
-        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "expecttest", "ruff", "build", "wheel"],
+        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "expecttest", "ruff", "build", "wheel", "datasets>=3"],
     },
     entry_points={"console_scripts": ["vicinal = vicinal.__main__:main"]},
     classifiers=[

@@ -57,7 +57,7 @@ def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> 
 
 
 def locate_weights(weights: str, name: str) -> dict[str, Any]:
-    """The entries of timm's pretrained_cfg that load a run, a folder of a checkpoint, a file, or another model's release.
+    """The entries of timm's pretrained_cfg that load a run, a checkpoint's folder, a file, or a model's release.
 
     Args:
         weights: what ``--weights`` says.

