@@ -264,6 +264,8 @@ class ConViT(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    num_prefix_tokens = 1
+
     def __init__(
         self,
         img_size: Union[int, Sequence[int]] = 224,
