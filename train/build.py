@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, model
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 from torch import nn
 
 from .. import zoo  # noqa: F401  registers our models with timm
@@ -132,7 +132,23 @@ def _prepare(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     return model
 
 
-def build_task(model: nn.Module, source: nn.Module | None, config: TrainConfig, world: World) -> ClassificationTask:
+def _build_whole_task(model: nn.Module, config: TrainConfig, loss: dict[str, Any], world: World) -> TrainingTask:
+    options = {"criterion_kwargs": loss, "device": world.device, "verbose": False}
+    if config.model.teacher is None:
+        return ClassificationTask(model, **options)
+    if not getattr(model, "distilled", getattr(getattr(model, "head", None), "distilled", False)):
+        raise UserError(
+            f"--teacher: {config.model.name} has no second classifier to learn from it; SHViT has one with "
+            "--model-kwargs distilled=true"
+        )
+    wanted = ModelConfig(name=config.model.teacher, pretrained=True)
+    teacher = build_model(wanted, None, model.num_classes).to(world.device).requires_grad_(False)
+    share = config.model.teacher_weight
+    weights = {"task_loss_weight": 1 - share, "distill_loss_weight": share}
+    return TokenDistillationTask(model, teacher, distill_type="hard", **weights, **options)
+
+
+def build_task(model: nn.Module, source: nn.Module | None, config: TrainConfig, world: World) -> TrainingTask:
     """Model and loss as a timm task on the device, with average, compilation and DDP or FSDP2 as configured."""
     run = config.run
     soft = config.augmentation.mixes
@@ -146,7 +162,7 @@ def build_task(model: nn.Module, source: nn.Module | None, config: TrainConfig, 
         task = ShardedTask(model, source, world, criterion_kwargs=loss)
     else:
         model.to(world.device, memory_format=memory_format(run))
-        task = ClassificationTask(model, criterion_kwargs=loss, device=world.device, verbose=False)
+        task = _build_whole_task(model, config, loss, world)
     if run.ema_decay is not None:
         task.setup_ema(decay=run.ema_decay, use_warmup=run.ema_warmup)
     if run.compile:

@@ -66,6 +66,10 @@ class ModelConfig:
     """Queries of the attentive probe; they divide the network's features."""
     drop_path_rate: float | None = None
     """Stochastic depth rate; the model's default if not given."""
+    teacher: str | None = None
+    """Learn also from this model with its released weights, or from local-dir:FOLDER: its first guesses are targets."""
+    teacher_weight: float = 0.5
+    """Share of the teacher in the loss."""
     model_kwargs: Options = field(default_factory=dict)
     """Further options of the model, such as kernel_size=5."""
 
@@ -74,6 +78,7 @@ class ModelConfig:
             self.weights is None or not self.pretrained,
             "--weights and --pretrained both say where the weights come from: leave one out",
         )
+        _check(0 < self.teacher_weight <= 1, f"--teacher-weight {self.teacher_weight}: must lie in (0, 1]")
         _check(self.probe_queries >= 1, f"--probe-queries {self.probe_queries}: must be at least 1")
 
 
@@ -339,6 +344,10 @@ class TrainConfig:
         _check(
             self.run.parallel == "ddp" or self.model.probe is None,
             "--probe trains a head only, which needs no shares: use --parallel ddp",
+        )
+        _check(
+            self.run.parallel == "ddp" or self.model.teacher is None,
+            "--teacher works on whole networks: use --parallel ddp",
         )
         _check(
             self.optimizer.lr_base_size is not None or not self.schedule.scale_all,
