@@ -1,7 +1,7 @@
 """Weights that the authors of each family released: where they lie, under which licence, what they reach.
 
-The accuracies are the authors' own, on the ImageNet-1k validation set at the variant's native size. ``sha256`` stays
-empty where the authors give no hash; the files are read with ``weights_only=True`` in either case.
+The accuracies are the authors' own, on the ImageNet-1k validation set at the size in ``cfg``, or the variant's native
+one. ``sha256`` stays empty where the authors give no hash; the files are read with ``weights_only=True`` anyway.
 """
 
 from collections.abc import Mapping

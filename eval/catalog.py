@@ -19,7 +19,7 @@ class CatalogRow:
         input_size: height and width in pixels.
         parameters: number of parameters, with the classifier.
         macs: multiply-accumulates of one image, in matrix products, convolutions and attention.
-        top1: ImageNet-1k top-1 in percent as published with the weights, None where there are none.
+        top1: ImageNet-1k top-1 in percent as published with weights of that size, None where there are none.
     """
 
     name: str
@@ -63,7 +63,12 @@ def describe(name: str) -> CatalogRow:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.empty(1, channels, *size, device="meta"))
-    published = [weights.top1 for tag, weights in RELEASED.items() if tag.split(".")[0] == name and weights.top1]
+    native = (channels, *size)
+    published = [
+        weights.top1
+        for tag, weights in RELEASED.items()
+        if tag.split(".")[0] == name and weights.top1 and tuple(weights.cfg.get("input_size", native)) == native
+    ]
     return CatalogRow(
         name=name,
         input_size=tuple(size),
