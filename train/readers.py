@@ -7,14 +7,14 @@ folder. Archives are read by position, which any number of threads and forked pr
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
 from .decoding import UnreadableImage, decode
@@ -45,30 +45,62 @@ def _load_slice(path: Path, offset: int, size: int) -> Image.Image:
 class TarImages:
     """Images in one tar file, or in several of a folder; the folder in the archive or else its name is the class.
 
+    Only headers are read at the start. timm's reader reads whole archives, and keeps a pickled index beside them that
+    the processes of a run would write at the same time.
+
     Args:
         root: a tar file, or a folder of them; tar files inside a tar file are looked into too.
         class_to_idx: class indices by name; numbered in natural order of the names if not given.
     """
 
     def __init__(self, root: Path, class_to_idx: dict[str, int] | None = None):
-        try:
-            reader = ReaderImageInTar(str(root))
-        except (ValueError, AssertionError, tarfile.TarError, OSError) as error:
-            raise UserError(f"--data {root}: no tar files of images: {first_line(error)}") from error
-        self.root, self.samples = root, reader.samples
-        self.class_to_idx = class_to_idx or reader.class_name_to_idx
-        names = [reader.class_idx_to_name[index] for index in range(len(reader.class_idx_to_name))]
+        self.archives = [root] if root.is_file() else sorted(root.glob("*.tar"))
+        found = []
+        for number, path in enumerate(self.archives):
+            with _open_archive(path) as archive:
+                found += [(label, name, number, *image) for label, name, image in _walk(archive, path.stem)]
+        if not found:
+            raise UserError(f"--data {root}: no images in its tar files")
+        # As a folder of them would be read.
+        found.sort(key=lambda entry: natural_key(f"{entry[0]}/{entry[1]}"))
+        names = sorted({label for label, *_ in found}, key=natural_key)
+        self.class_to_idx = class_to_idx or {name: index for index, name in enumerate(names)}
         unknown = [name for name in names if name not in self.class_to_idx]
         if unknown:
             raise UserError(f"{root}: classes without training images: {', '.join(unknown[:5])}")
         self.classes = sorted(self.class_to_idx, key=self.class_to_idx.get)
-        self.targets = [self.class_to_idx[names[target]] for target in reader.targets]
+        self.samples = np.array([entry[2:] for entry in found], dtype=np.int64)
+        self.targets = [self.class_to_idx[label] for label, *_ in found]
 
     def load(self, index: int) -> Image.Image:
-        member, archive, inner = self.samples[index]
-        path = self.root / archive if archive else self.root
-        offset = member.offset_data + (inner.offset_data if inner is not None else 0)
-        return _load_slice(path, int(offset), member.size)
+        archive, offset, size = self.samples[index].tolist()
+        return _load_slice(self.archives[archive], offset, size)
+
+
+@contextmanager
+def _open_archive(path: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            yield archive
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"--data: cannot read shard {path}: {first_line(error)}") from error
+
+
+def _walk(archive: tarfile.TarFile, label: str, start: int = 0) -> Iterator[tuple[str, str, _Slice]]:
+    """Class, name and place of each image.
+
+    Args:
+        label: class of images that lie in no folder.
+        start: where the archive begins in its file.
+    """
+    extensions = get_img_extensions(as_set=True)
+    for member in archive:
+        path, place = PurePosixPath(member.name), start + member.offset_data
+        if path.suffix == ".tar":
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                yield from _walk(inner, path.stem, place)
+        elif member.isfile() and path.suffix.lower() in extensions:
+            yield path.parent.name or label, path.name, _Slice(place, member.size)
 
 
 class WebDatasetImages:
@@ -103,22 +135,19 @@ def _read_shard(path: Path) -> Iterator[tuple[_Slice, int]]:
     extensions = get_img_extensions(as_set=True)
     image: tuple[str, _Slice] | None = None
     target: tuple[str, int] | None = None
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                key = f"{folder}/{stem}"
-                if f".{ending.lower()}" in extensions:
-                    image = key, _Slice(member.offset_data, member.size)
-                elif ending in ("cls", "json"):
-                    label = _read_label(archive.extractfile(member).read(), ending)
-                    target = (key, label) if label is not None else target
-                if image and target and image[0] == target[0]:
-                    yield image[1], target[1]
-                    image = target = None
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"--data: cannot read shard {path}: {first_line(error)}") from error
+    with _open_archive(path) as archive:
+        for member in archive:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, ending = base.partition(".")
+            key = f"{folder}/{stem}"
+            if f".{ending.lower()}" in extensions:
+                image = key, _Slice(member.offset_data, member.size)
+            elif ending in ("cls", "json"):
+                label = _read_label(archive.extractfile(member).read(), ending)
+                target = (key, label) if label is not None else target
+            if image and target and image[0] == target[0]:
+                yield image[1], target[1]
+                image = target = None
 
 
 def _read_label(content: bytes, ending: str) -> int | None:
@@ -146,12 +175,8 @@ def find_shards(root: Path, names: Sequence[str]) -> list[Path]:
 
 def is_webdataset(path: Path) -> bool:
     """Whether the first entries of a tar file are those of a WebDataset shard."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            names = [member.name for member, _ in zip(archive, range(16), strict=False)]
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"--data: cannot read shard {path}: {first_line(error)}") from error
-    return any(name.endswith(".cls") for name in names) or any(name.endswith(".json") for name in names)
+    with _open_archive(path) as archive:
+        return any(member.name.endswith((".cls", ".json")) for member, _ in zip(archive, range(16), strict=False))
 
 
 class HuggingFaceImages:
