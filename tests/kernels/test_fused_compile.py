@@ -13,6 +13,7 @@ from vicinal.eval.kernel_table import (
     main,
     record_case,
 )
+from vicinal.kernels import launch
 
 LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}, "aggregated_attention": {"backward_key"}}
 """Kernels without matrix products: they sum offset by offset."""
@@ -62,8 +63,16 @@ def test_allowed_tf32_uses_tensor_cores() -> None:
 @pytest.mark.parametrize("case", CASES, ids=describe)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hopper_in_every_dtype(case: Case, head_dim: int, dtype: torch.dtype) -> None:
-    check(case, head_dim, dtype, "hopper")
+@pytest.mark.parametrize("architecture", ["hopper", "ampere", "blackwell"])
+def test_every_dtype(architecture: str, case: Case, head_dim: int, dtype: torch.dtype) -> None:
+    check(case, head_dim, dtype, architecture)
+
+
+def test_a_spill_is_found() -> None:
+    """A block of 64 queries, their halo and 64 channels are more than the 255 registers that a thread can have."""
+    with launch.replace({"halo_backward_query": launch.Parameters(64, 4, 2)}):
+        started = record_case(Case("halo_attention", 8), 64, torch.bfloat16, "ampere")["backward_query"]
+    assert compile_launch(started, "ampere").spilled > 0
 
 
 @pytest.mark.parametrize("architecture", ["ampere", "ada", "blackwell"])

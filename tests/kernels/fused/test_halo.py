@@ -31,9 +31,21 @@ def check(case: Case) -> None:
         check_against_definition(case, score.item())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SPECIAL, ids=lambda case: f"{case.blocks}-{case.block}-{case.halo}-{case.stride}")
-def test_special_shapes(case: Case, dtype: torch.dtype) -> None:
+def identify(case: Case) -> str:
+    return f"{case.blocks}-{case.block}-{case.halo}-{case.stride}"
+
+
+@pytest.mark.parametrize("case", SPECIAL, ids=identify)
+def test_special_shapes(case: Case) -> None:
+    check(case)
+
+
+LARGE = [pytest.param(case, marks=pytest.mark.slow) for case in SPECIAL if case.block > 4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [*LARGE, *(case for case in SPECIAL if case.block <= 4)], ids=identify)
+def test_special_shapes_in_half_precision(case: Case, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype))
 
 
