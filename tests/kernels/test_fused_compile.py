@@ -63,7 +63,7 @@ def test_allowed_tf32_uses_tensor_cores() -> None:
 @pytest.mark.parametrize("case", CASES, ids=describe)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", ["hopper", "ampere", "blackwell"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_dtype(architecture: str, case: Case, head_dim: int, dtype: torch.dtype) -> None:
     check(case, head_dim, dtype, architecture)
 
