@@ -125,6 +125,20 @@ def test_a_segmenter_trains_measures_and_draws(scenes: Path, tmp_path: Path, cap
     assert "dtype='bfloat16'" in config
 
 
+def test_a_segmenter_fits_the_scenes_it_sees(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Labels shifted, or off by one, or flipped apart from their images could not be fitted."""
+    folder = tmp_path / "run"
+    seen = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+    loaders = ("val_dataloader", "test_dataloader")
+    prefixes = [f"{each}.dataset.data_prefix.{key}={path}" for each in loaders for key, path in seen.items()]
+    data = ["--data", str(scenes), "--set", "model.data_preprocessor.size=[64,64]", *prefixes]
+    arguments = [*SEGMENT[:3], *data, "--iterations", "150", "--output", str(folder)]
+    assert main(["segment", "train", *arguments]) == 0
+    capsys.readouterr()
+    assert main(["segment", "test", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["mIoU"] >= 80
+
+
 def test_a_classifiers_run_becomes_the_backbone(scenes: Path, tmp_path: Path):
     torch.manual_seed(5)
     save_model(tmp_path / "classifier", timm.create_model("nat_pico", num_classes=10))
