@@ -45,7 +45,7 @@ def list_rows() -> Iterator[CatalogRow]:
     modules = {name: model_entrypoint(name).__module__ for name in list_models()}
     families: dict[str, list[CatalogRow]] = {}
     for name, module in modules.items():
-        if module.startswith(package):
+        if module.startswith(package) and module != f"{package}probe":  # a head on any network
             families.setdefault(module, []).append(describe(name))
     for module in sorted(families):
         yield from sorted(families[module], key=lambda row: (row.parameters, row.macs))

@@ -30,7 +30,7 @@ from timm.models.byobnet import (
 from torch import Tensor, nn
 
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
-from .blocks.bottleneck import BottleneckAttention, resize_relative_table
+from .blocks.bottleneck import BottleneckAttention, LambdaAttention, resize_relative_table
 from .blocks.halo import HaloAttention
 from .names import Variant, default_cfgs_of, register_variants
 
@@ -123,7 +123,11 @@ def _resize_entry(state_dict: dict[str, Tensor], key: str, size: int) -> None:
 
 def _with_our_attention(cfg: ByoModelCfg, mask_padding: bool) -> ByoModelCfg:
     """The same network with one configuration for each block, and our modules where timm's are named."""
-    ours = {"halo": partial(HaloAttention, mask_padding=mask_padding), "bottleneck": partial(BottleneckAttention)}
+    ours = {
+        "halo": partial(HaloAttention, mask_padding=mask_padding),
+        "bottleneck": partial(BottleneckAttention),
+        "lambda": partial(LambdaAttention),
+    }
 
     def swap(part: Any) -> Any:
         return replace(part, self_attn_layer=ours.get(part.self_attn_layer, part.self_attn_layer))

@@ -25,6 +25,7 @@ from ..kernels import aggregated_attention
 from ..kernels.aggregated import aggregate, aggregated_attention_weights
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import gelu
+from .blocks.attention import attend_with_bias
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import ConvGluMlp
 from .blocks.pooling import pool_average, pooled_size
@@ -111,7 +112,7 @@ class CosineAttention(LengthScaledAttention):
         bias = self.position_bias(x.shape[1], x.shape[2]).to(query.dtype)[None]
         query, key, value = [t.flatten(1, 2).transpose(1, 2) for t in (query, F.normalize(key, dim=-1), value)]
         if self.is_fused():
-            attended = attend_with_bias(query, key, value, bias)
+            attended = attend_with_bias(query, key, value, bias, 1.0)
         else:
             weights = (query @ key.transpose(-2, -1) + bias).softmax(dim=-1)
             attended = self.attn_drop(weights).to(value.dtype) @ value
@@ -238,21 +239,6 @@ def _neighbours(size: int, window_size: int, like: Tensor) -> Tensor:
     places = torch.arange(size, device=like.device)[:, None] + torch.arange(window_size, device=like.device)
     places = places - window_size // 2
     return ((places >= 0) & (places < size)).sum(1)
-
-
-@register_notrace_function
-def attend_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention without scale of (B, heads, tokens, head_dim), with a bias (1, heads, tokens, tokens)."""
-    explicit = False
-    if not torch.jit.is_scripting():
-        # the decomposition of scaled_dot_product_attention for ONNX has other strides than the operator
-        explicit = torch.onnx.is_in_onnx_export()
-        # for an empty batch it leaves the bias without a gradient
-        if not torch.compiler.is_compiling():
-            explicit = explicit or query.shape[0] == 0
-    if explicit:
-        return (query @ key.transpose(-2, -1) + bias).softmax(dim=-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
 
 
 class TransNeXt(Backbone):

@@ -336,3 +336,18 @@ def expand_table(table: Tensor, size: List[int]) -> Tensor:
     column_offsets = columns[None, :] - columns[:, None] + width - 1
     bias = table[:, row_offsets[:, None, :, None], column_offsets[None, :, None, :]]
     return bias.flatten(3, 4).flatten(1, 2)
+
+
+@register_notrace_function
+def attend_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention of (B, heads, tokens, head_dim), with a bias (1 or B, heads, tokens, tokens)."""
+    explicit = False
+    if not torch.jit.is_scripting():
+        # the decomposition of scaled_dot_product_attention for ONNX has other strides than the operator
+        explicit = torch.onnx.is_in_onnx_export()
+        # for an empty batch it leaves the bias without a gradient
+        if not torch.compiler.is_compiling():
+            explicit = explicit or query.shape[0] == 0
+    if explicit:
+        return (query @ key.transpose(-2, -1) * scale + bias).softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)

@@ -4,9 +4,11 @@ from typing import Final, Optional, Tuple
 
 import torch
 from timm.layers import make_divisible, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import attend_with_bias
 from .halo import RelativeTables
 from .padding import pad_by_edge
 
@@ -90,14 +92,31 @@ class BottleneckAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Attention output (B, heads, H * W, dim_out / heads)."""
-        exporting = False
-        if not torch.jit.is_scripting():
-            # the decomposition of scaled_dot_product_attention has other strides than the operator
-            exporting = torch.onnx.is_in_onnx_export()
-        if self.fused_attn and not exporting:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        if self.fused_attn:
+            return attend_with_bias(query, key, value, bias, self.head_dim**-0.5)
         scores = query @ key.transpose(2, 3) * self.head_dim**-0.5 + bias
         return scores.softmax(dim=-1) @ value
+
+
+class LambdaAttention(LambdaLayer):
+    """timm's lambda layer; arguments are :class:`timm.layers.LambdaLayer`'s."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv_lambda.__class__ = PositionConv
+
+
+class PositionConv(nn.Conv3d):
+    """Convolution (r, r, 1) of (B, 1, H, W, channels) as one of maps.
+
+    torch 2.14 gives its weights a gradient of nan in bfloat16 on CPUs, on maps of 4 x 4 for instance.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels = x.shape[0], x.shape[4]
+        padding = [self.padding[0], self.padding[1]]
+        x = F.conv2d(x.permute(0, 4, 1, 2, 3).flatten(0, 1), self.weight.squeeze(4), self.bias, padding=padding)
+        return x.unflatten(0, [batch, channels]).permute(0, 2, 3, 4, 1)
 
 
 @register_notrace_function
