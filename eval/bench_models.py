@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..kernels import backend
 from ..train.errors import UserError, nearest
-from .measure import least_times, peak_bytes, report, tracked
+from .measure import peak_bytes, report, step_times, tracked
 
 # Ours and timm's of the same architecture, at a size that both take.
 COUNTERPARTS = {
@@ -133,7 +133,7 @@ def _measure(name: str, options: BenchOptions) -> Iterator[Row]:
             label: partial(_run, step, network, images, context, options.dtype)
             for label, (network, context) in networks.items()
         }
-        times = least_times(calls, options.repeats, options.device)
+        times = step_times(calls, options.repeats, options.device)
         for label, seconds in times.items():
             yield Row(
                 name,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .measure import Ceilings, least_times, measure_ceilings, peak_bytes, report, tracked
+from .measure import Ceilings, kernel_times, measure_ceilings, peak_bytes, report, tracked
 from .ops_cases import SHAPES, Problem, make_problem
 
 DTYPES = ("float32", "bfloat16")
@@ -94,7 +94,7 @@ def _measure_case(
     problem = make_problem(op, shape, getattr(torch, dtype), options.device, options.flex)
     for step in STEPS:
         calls = dict(_calls(problem, step))
-        times = least_times(calls, options.repeats, options.device)
+        times = kernel_times(calls, options.repeats, options.device)
         floor_bytes, floor_flops = problem.floor(step)
         floor = max(floor_bytes / ceilings.bytes_per_second, floor_flops / ceilings.flops_per_second)
         for name, call in calls.items():

@@ -106,11 +106,13 @@ def compile_launch(started: launch.Launch, architecture: str) -> Resources:
 
 def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
     """Type of an argument in Triton's signature, by the rules of its runtime: ones and None become constants."""
+    from triton.language import constexpr
+
     if isinstance(value, tuple):
         parts = [_specialize(item, (*path, index), constants, attributes) for index, item in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if value is None or (isinstance(value, int) and value == 1):
-        constants[path] = value
+    if isinstance(value, constexpr) or value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value.value if isinstance(value, constexpr) else value
         return "constexpr"
     if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
         attributes[path] = [["tt.divisibility", 16]]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -42,22 +43,63 @@ def least_cpu_times(calls: dict[str, Callable[[], None]], repeats: int) -> dict[
     return times
 
 
-def least_times(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Seconds of each call on a device: of the GPU between two of its events, else of the process on the CPU."""
+def kernel_times(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each call: of the process on the CPU, the least; of the GPU's own work, the median.
+
+    Before each call the GPU overwrites more memory than its cache holds, again and again until the host has queued the
+    whole call: neither what the cache still has nor the time of the host counts.
+    """
     if device == "cpu":
         return least_cpu_times(calls, repeats)
-    for call in calls.values():
-        call()
-    times = dict.fromkeys(calls, float("inf"))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(repeats):
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    turns = {name: 1 + min(MOST_FLUSHES, int(_host_seconds(call) / FLUSH_SECONDS)) for name, call in calls.items()}
+    events = {name: [_event_pair() for _ in range(repeats)] for name in calls}
+    for turn in range(repeats):
         for name, call in calls.items():
+            for _ in range(turns[name]):
+                flushed.zero_()
+            start, end = events[name][turn]
             start.record()
             call()
             end.record()
-            end.synchronize()
-            times[name] = min(times[name], start.elapsed_time(end) / 1e3)
+    torch.cuda.synchronize()
+    return {name: median(start.elapsed_time(end) for start, end in pairs) / 1e3 for name, pairs in events.items()}
+
+
+def step_times(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each call as a loop sees them: on a GPU the mean of calls that follow each other without a pause."""
+    if device == "cpu":
+        return least_cpu_times(calls, repeats)
+    times = {}
+    for name, call in calls.items():
+        _host_seconds(call)
+        start, end = _event_pair()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        times[name] = start.elapsed_time(end) / 1e3 / repeats
     return times
+
+
+FLUSHED_BYTES = 1 << 29
+FLUSH_SECONDS, MOST_FLUSHES = 1e-4, 400
+"""One takes longer than that on any GPU of today; the longest wait is of some 50 milliseconds."""
+
+
+def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _host_seconds(call: Callable[[], object]) -> float:
+    """What the host takes to queue a call, after two calls to warm up."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -72,11 +114,12 @@ def measure_ceilings(dtype: torch.dtype, device: str) -> Ceilings:
     """Measure both in about a second."""
     size = 8192 if device == "cuda" else 1024
     elements = 1 << (30 if device == "cuda" else 25)
-    source = torch.zeros(elements, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (elements,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    # random numbers: with zeros or ones a GPU draws less power and is faster
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
-    times = least_times(calls, 5, device)
+    times = kernel_times(calls, 5, device)
     return Ceilings(2 * elements / times["copy"], 2 * size**3 / times["product"])
 
 

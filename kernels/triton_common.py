@@ -2,13 +2,12 @@
 
 This module imports triton. Only the fused implementations import it, and they are imported when first needed.
 
-Kernels handle tokens as "rows": the offset of a token's first channel in its tensor, in 64 bits, so that no size of map
-or batch overflows. Outputs, gradients and statistics are contiguous; in them a row is the number of the
-(token, head) pair, times head_dim where there are channels. Scores are held in base 2, as the hardware has exp2 only.
-
-A kernel takes each strided tensor as :class:`Tokens`; an optional tensor, or a gradient that is not needed, is None.
+A kernel takes every tensor of tokens as :class:`Tokens`, inputs, outputs, gradients and statistics alike; an optional
+one, or a gradient that is not needed, is None. A token is named by its position, (image, *place in the map), and its
+head. Scores are held in base 2, as the hardware has exp2 only.
 """
 
+import math
 from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
@@ -20,55 +19,57 @@ from .dispatch import selected_backend
 from .launch import Parameters, architecture, launch_parameters, submit
 
 LARGEST_HEAD_DIM = 160
+VECTOR_BYTES = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Tokens(NamedTuple):
-    """A tensor (batch, *spatial, heads, channels) as kernels take it: its channels are adjacent."""
+    """A tensor (batch, *spatial, heads, channels) as kernels take it, or without channels; its channels are adjacent.
+
+    Attributes:
+        strides: of batch, spatial axes and heads, divided by ALIGN.
+        ALIGN: a power of two that divides all strides, as a constant: the compiler then reads up to 16 bytes at a time.
+        WIDE: whether places in one image lie so far apart that their offsets need 64 bits.
+    """
 
     pointer: Tensor
     strides: tuple[int, ...]
+    ALIGN: tl.constexpr
+    WIDE: tl.constexpr
 
 
 @triton.jit
-def load_tokens(pointer, rows, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
-    """(tokens, CHANNELS): head_dim is padded with zeros to a power of two, and so are tokens that are not valid."""
+def token_pointers(tokens, position, head):
+    """Pointers to the first channels of tokens; the image, whose offset always has 64 bits, may be a scalar."""
+    strides = tokens.strides
+    last: tl.constexpr = len(strides) - 1
+    image = tl.cast(position[0], tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[last]
+    place = 0
+    for axis in tl.static_range(1, last):
+        if tokens.WIDE:
+            place += tl.cast(position[axis], tl.int64) * strides[axis]
+        else:
+            place += position[axis] * strides[axis]
+    return tokens.pointer + image * tokens.ALIGN + place * tokens.ALIGN
+
+
+@triton.jit
+def _channels(pointers, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
+    """Pointers and mask (tokens, CHANNELS): head_dim is padded to a power of two."""
     channel = tl.arange(0, CHANNELS)
-    mask = valid[:, None] & (channel < HEAD_DIM)[None, :]
-    return tl.load(pointer + rows[:, None] + channel[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tokens(pointer, rows, valid, tokens, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
-    channel = tl.arange(0, CHANNELS)
-    mask = valid[:, None] & (channel < HEAD_DIM)[None, :]
-    tl.store(pointer + rows[:, None] + channel[None, :], tokens.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def token_rows(position, head, strides):
-    """Rows of tokens in a strided tensor; position and strides go through image and spatial axes."""
-    offset = tl.cast(head, tl.int64) * strides[len(strides) - 1]
-    for axis in tl.static_range(len(strides) - 1):
-        offset += position[axis].to(tl.int64) * strides[axis]
-    return offset
-
-
-@triton.jit
-def token_number(position, head, heads, size):
-    """Of the (token, head) pair in a contiguous tensor; size is that of the spatial axes."""
-    number = position[0].to(tl.int64)
-    for axis in tl.static_range(len(size)):
-        number = number * size[axis] + position[axis + 1]
-    return number * heads + head
+    mask = valid[:, None]
+    if HEAD_DIM < CHANNELS:
+        mask = mask & (channel < HEAD_DIM)[None, :]
+    return pointers[:, None] + channel[None, :], mask
 
 
 @triton.jit
 def load_map(tokens, position, head, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
-    """(tokens, CHANNELS) of one head of a :class:`Tokens`."""
-    return load_tokens(tokens.pointer, token_rows(position, head, tokens.strides), valid, HEAD_DIM, CHANNELS)
+    """(tokens, CHANNELS) of one head; zeros where channels are padded and where tokens are not valid."""
+    pointers, mask = _channels(token_pointers(tokens, position, head), valid, HEAD_DIM, CHANNELS)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -79,23 +80,31 @@ def load_maps(first, second, position, head, valid, HEAD_DIM: tl.constexpr, CHAN
 
 
 @triton.jit
-def load_logsumexp(pointer, rows, valid):
+def store_map(tokens, values, position, head, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write (tokens, CHANNELS) of one head."""
+    pointers, mask = _channels(token_pointers(tokens, position, head), valid, HEAD_DIM, CHANNELS)
+    tl.store(pointers, values.to(tokens.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_logsumexp(logsumexp, position, head, valid):
     """In base 2; it is stored in base e."""
-    return tl.load(pointer + rows, mask=valid, other=0.0) * LOG2_E
+    return tl.load(token_pointers(logsumexp, position, head), mask=valid, other=0.0) * LOG2_E
 
 
 @triton.jit
-def load_statistics(logsumexp, delta, number, valid):
+def load_statistics(logsumexp, delta, position, head, valid):
     """Of queries: the logsumexp in base 2, and delta, the sum of output times gradient."""
-    return load_logsumexp(logsumexp, number, valid), tl.load(delta + number, mask=valid, other=0.0)
+    of_rows = load_logsumexp(logsumexp, position, head, valid)
+    return of_rows, tl.load(token_pointers(delta, position, head), mask=valid, other=0.0)
 
 
 @triton.jit
-def store_delta(delta, output, grads, number, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
+def store_delta(delta, output, grads, position, head, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """Sum output times gradient of each query, for this kernel and for those that run after it."""
-    outputs = load_tokens(output, number * HEAD_DIM, valid, HEAD_DIM, CHANNELS)
+    outputs = load_map(output, position, head, valid, HEAD_DIM, CHANNELS)
     deltas = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
-    tl.store(delta + number, deltas, mask=valid)
+    tl.store(token_pointers(delta, position, head), deltas, mask=valid)
     return deltas
 
 
@@ -134,12 +143,12 @@ def attend(state, queries, keys, values, visible, bias, scale, PRECISION: tl.con
 
 
 @triton.jit
-def store_attention(state, output, logsumexp, number, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
+def store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """Output and logsumexp of the queries, after the last block of keys."""
     largest, total, sums = state
     total = tl.where(valid, total, 1.0)
-    store_tokens(output, number * HEAD_DIM, valid, sums / total[:, None], HEAD_DIM, CHANNELS)
-    tl.store(logsumexp + number, (largest + tl.log2(total)) * LN_2, mask=valid)
+    store_map(output, sums / total[:, None], position, head, valid, HEAD_DIM, CHANNELS)
+    tl.store(token_pointers(logsumexp, position, head), (largest + tl.log2(total)) * LN_2, mask=valid)
 
 
 @triton.jit
@@ -178,7 +187,7 @@ def multiply(left, right, PRECISION: tl.constexpr):
 
 def interpreted() -> bool:
     """Whether Triton was imported under TRITON_INTERPRET=1 and runs kernels on CPU tensors."""
-    return not isinstance(load_tokens, triton.JITFunction)
+    return not isinstance(load_map, triton.JITFunction)
 
 
 def refuse_tensors(query: Tensor) -> Optional[str]:
@@ -201,6 +210,24 @@ def refuse_tensors(query: Tensor) -> Optional[str]:
 def adjacent_channels(tensor: Tensor) -> Tensor:
     """The tensor itself where the channels of a token lie next to each other, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def as_tokens(tensor: Tensor, axes: int, channels: bool = True) -> Tokens:
+    """A tensor (batch, *spatial, heads, channels), or without channels, as kernels take it.
+
+    Args:
+        axes: spatial axes that kernels count; missing ones lead.
+    """
+    tensor = adjacent_channels(tensor) if channels else tensor
+    sizes, strides = tensor.shape, tensor.stride()
+    if channels:
+        sizes, strides = sizes[:-1], strides[:-1]
+    strides = [0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True)]
+    align = math.gcd(VECTOR_BYTES // tensor.element_size() if channels else 1, *strides)
+    reach = sum((size - 1) * stride for size, stride in zip(sizes[1:-1], strides[1:-1], strict=True))
+    batch, *spatial, heads = (stride // align for stride in strides)
+    missing = [0] * (axes - len(spatial))
+    return Tokens(tensor, (batch, *missing, *spatial, heads), tl.constexpr(align), tl.constexpr(reach >= 2**31))
 
 
 def padded_channels(head_dim: int) -> int:
@@ -245,16 +272,16 @@ class Call:
         """The values of the spatial axes, with a filling for those that the map does not have."""
         return (filling,) * (self.axes - len(values)) + tuple(values)
 
-    def tokens(self, tensor: Tensor) -> Tokens:
-        tensor = adjacent_channels(tensor)
-        batch, *spatial, heads, _ = tensor.stride()
-        return Tokens(tensor, (batch, *self.leading(spatial, 0), heads))
+    def tokens(self, tensor: Tensor, channels: bool = True) -> Tokens:
+        return as_tokens(tensor, self.axes, channels)
 
-    def outputs(self) -> dict[str, Tensor]:
-        """Space for the output and the logsumexp of the forward."""
+    def start_forward(self) -> tuple[Tensor, Tensor]:
+        """Space for the output and the logsumexp."""
         shape = self.query.shape[:-1]
         output = self.query.new_empty((*shape, self.value_dim))
-        return {"output": output, "logsumexp": self.query.new_empty(shape, dtype=torch.float32)}
+        logsumexp = self.query.new_empty(shape, dtype=torch.float32)
+        self.arguments.update(output=self.tokens(output), logsumexp=self.tokens(logsumexp, channels=False))
+        return output, logsumexp
 
     def start_backward(
         self, grad_output: Tensor, output: Tensor, logsumexp: Tensor, needs_gradient: Sequence[bool]
@@ -262,17 +289,15 @@ class Call:
         """Take what the kernels of the backward share; returns space for the gradients of query, key and value."""
         self.arguments.update(
             grad_output=self.tokens(grad_output),
-            output=output.contiguous(),
-            logsumexp=logsumexp,
-            delta=torch.empty_like(logsumexp),
+            output=self.tokens(output),
+            logsumexp=self.tokens(logsumexp, channels=False),
+            delta=self.tokens(torch.empty_like(logsumexp), channels=False),
         )
-        names = ("grad_query", "grad_key", "grad_value")
-        sources = (self.arguments[name].pointer for name in ("query", "key", "value"))
-        gradients = [
-            source.new_empty(source.shape) if needed else None
-            for source, needed in zip(sources, needs_gradient[:3], strict=True)
-        ]
-        self.arguments.update(zip(names, gradients, strict=True))
+        gradients = []
+        for name, needed in zip(("query", "key", "value"), needs_gradient[:3], strict=True):
+            source = self.arguments[name].pointer
+            gradients.append(source.new_empty(source.shape) if needed else None)
+            self.arguments[f"grad_{name}"] = self.tokens(gradients[-1]) if needed else None
         return gradients
 
     def parameters(self, kernel: str) -> Parameters:

@@ -19,7 +19,7 @@ from ..triton_common import (
     LOG2_E,
     Call,
     Tokens,
-    adjacent_channels,
+    as_tokens,
     attend,
     gradient_of_pairs,
     gradient_of_scores,
@@ -32,9 +32,8 @@ from ..triton_common import (
     softmax_step,
     start_softmax,
     store_attention,
-    store_tokens,
-    token_number,
-    token_rows,
+    store_map,
+    token_pointers,
 )
 
 PROGRAMS = 1024
@@ -91,8 +90,8 @@ def _local_scores(queries, keys, visible, bias, head, slot, scale, WINDOW: tl.co
 
 @triton.jit
 def _value_weights(value_weights, position, head, slot, valid):
-    rows = token_rows(position, head, value_weights.strides)
-    return tl.load(value_weights.pointer + rows + slot, mask=valid, other=0.0).to(tl.float32)
+    pointers = token_pointers(value_weights, position, head) + slot
+    return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -163,8 +162,7 @@ def forward_kernel(
             more = _value_weights(value_weights, position, head, slot, inside)
             beside += more[:, None] * values.to(tl.float32)
     sums += beside * total[:, None]
-    number = token_number(position, head, heads, size)
-    store_attention((largest, total, sums), output, logsumexp, number, valid, HEAD_DIM, CHANNELS)
+    store_attention((largest, total, sums), output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -201,9 +199,8 @@ def backward_query_kernel(
     """
     size = plan[0]
     head, position, valid = _program(heads, plan, TILE)
-    number = token_number(position, head, heads, size)
     queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-    statistics = load_logsumexp(logsumexp, number, valid)
+    statistics = load_logsumexp(logsumexp, position, head, valid)
     token = position[1] * size[1] + position[2]
     deltas = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -227,10 +224,10 @@ def backward_query_kernel(
         deltas += product
         total += weight
         if grad_value_weights is not None:
-            element = grad_value_weights.dtype.element_ty
-            tl.store(grad_value_weights + number * (WINDOW * WINDOW) + slot, of_weights.to(element), mask=valid)
+            element = grad_value_weights.pointer.dtype.element_ty
+            tl.store(token_pointers(grad_value_weights, position, head) + slot, of_weights.to(element), mask=valid)
     deltas = deltas / tl.where(total > 0, total, 1.0)
-    tl.store(delta + number, deltas, mask=valid)
+    tl.store(token_pointers(delta, position, head), deltas, mask=valid)
     sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
     if grad_query is not None:
         for block in range(0, tl.cdiv(pooled, BLOCK)):
@@ -255,7 +252,7 @@ def backward_query_kernel(
                 share = tl.program_id(0).to(tl.int64) * (WINDOW * WINDOW) + slot
                 tl.store(partial + share, tl.sum(of_scores, 0))
     if grad_query is not None:
-        store_tokens(grad_query, number * HEAD_DIM, valid, sums * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -288,7 +285,7 @@ def backward_key_kernel(
     for slot in range(0, WINDOW * WINDOW):
         asking, inside = _move(position, slot, size, valid, -1, WINDOW)
         queries, grads = load_maps(query, grad_output, asking, head, inside, HEAD_DIM, CHANNELS)
-        statistics, deltas = load_statistics(logsumexp, delta, token_number(asking, head, heads, size), inside)
+        statistics, deltas = load_statistics(logsumexp, delta, asking, head, inside)
         scores = _local_scores(queries, keys, inside, local_bias, head, slot, scale, WINDOW)
         of_weights = tl.sum(grads.to(tl.float32) * values.to(tl.float32), 1)
         weights, of_scores = gradient_of_scores(scores, statistics, inside, of_weights, deltas)
@@ -298,11 +295,10 @@ def backward_key_kernel(
             if value_weights is not None:
                 weights += _value_weights(value_weights, asking, head, slot, inside)
             of_values += weights[:, None] * grads.to(tl.float32)
-    row = token_number(position, head, heads, size) * HEAD_DIM
     if grad_key is not None:
-        store_tokens(grad_key, row, valid, of_keys * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_tokens(grad_value, row, valid, of_values, HEAD_DIM, CHANNELS)
+        store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -343,7 +339,7 @@ def backward_pooled_kernel(
         y, x, valid = _tile(index, plan, TILE)
         position = (image, y, x)
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-        statistics, deltas = load_statistics(logsumexp, delta, token_number(position, head, heads, size), valid)
+        statistics, deltas = load_statistics(logsumexp, delta, position, head, valid)
         token = y * size[1] + x
         visible = seen[:, None] & valid[None, :]
         bias = _pooled_bias(pooled_bias, head, token[None, :], slot[:, None], visible)
@@ -354,12 +350,11 @@ def backward_pooled_kernel(
             of_keys += multiply(of_scores, queries, PRECISION)
         if partial_value is not None:
             of_values += multiply(weights, grads, PRECISION)
-    chunk = tl.program_id(0) // (heads * blocks)  # and image
-    row = ((chunk.to(tl.int64) * pooled + slot) * heads + head) * HEAD_DIM
+    position = (tl.program_id(0) // (heads * blocks), slot)  # each part of the tiles has an image of its own
     if partial_key is not None:
-        store_tokens(partial_key, row, seen, of_keys * scale, HEAD_DIM, CHANNELS)
+        store_map(partial_key, of_keys * scale, position, head, seen, HEAD_DIM, CHANNELS)
     if partial_value is not None:
-        store_tokens(partial_value, row, seen, of_values, HEAD_DIM, CHANNELS)
+        store_map(partial_value, of_values, position, head, seen, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -403,7 +398,7 @@ def backward_bias_kernel(
         _, _, keys, values = _load_pooled(
             pooled_key, pooled_value, block, pooled, position[0], head, BLOCK, HEAD_DIM, CHANNELS
         )
-        statistics, deltas = load_statistics(logsumexp, delta, token_number(position, head, heads, size), valid)
+        statistics, deltas = load_statistics(logsumexp, delta, position, head, valid)
         _, of_scores = gradient_of_pairs(
             queries, keys, grads, values, (statistics[:, None], deltas[:, None]), visible, bias, scale, PRECISION
         )
@@ -445,8 +440,7 @@ class _Call(Call):
             self.arguments["pooled_bias"] = Bias(pooled_bias, pooled_bias.stride())
 
     def pooled_tokens(self, tensor: Tensor) -> Tokens:
-        tensor = adjacent_channels(tensor.flatten(1, -3))
-        return Tokens(tensor, tensor.stride()[:-1])
+        return as_tokens(tensor.flatten(1, -3), 1)
 
     def tiling(self, parameters: Parameters) -> tuple[tuple[int, int], tuple[int, int]]:
         """Extent of a tile, nearly a square where the map allows it, and number of tiles along each axis."""
@@ -485,10 +479,10 @@ def refuse(query: Tensor, *_) -> Optional[str]:
 
 def forward(query: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     call = _Call(query, *arguments)
-    outputs = call.outputs()
+    outputs = call.start_forward()
     parameters = call.parameters("forward")
-    call.submit(forward_kernel, call.batch * call.tiles(parameters) * call.heads, parameters, **outputs)
-    return outputs["output"], outputs["logsumexp"]
+    call.submit(forward_kernel, call.batch * call.tiles(parameters) * call.heads, parameters)
+    return outputs
 
 
 def backward(
@@ -516,9 +510,8 @@ def _backward_query(call: _Call, of_value_weights: Optional[Tensor], needs_bias:
     parameters = call.parameters("backward_query")
     tiles = call.batch * call.tiles(parameters)
     partial = call.partial(tiles, call.heads, call.window**2) if needs_bias else None
-    call.submit(
-        backward_query_kernel, tiles * call.heads, parameters, grad_value_weights=of_value_weights, partial=partial
-    )
+    of_weights = None if of_value_weights is None else call.tokens(of_value_weights)
+    call.submit(backward_query_kernel, tiles * call.heads, parameters, grad_value_weights=of_weights, partial=partial)
     return partial.sum(0) if needs_bias else None
 
 
@@ -531,7 +524,8 @@ def _backward_pooled(call: _Call, needs_key: bool, needs_value: bool) -> list[Op
     share, chunks = _share(call.tiles(parameters), programs)
     shape = (chunks, call.batch, call.pooled, call.heads, call.head_dim)
     partials = [call.partial(*shape) if needed else None for needed in (needs_key, needs_value)]
-    outputs = dict(zip(("partial_key", "partial_value"), partials, strict=True))
+    sums = (None if partial is None else as_tokens(partial.flatten(0, 1), 1) for partial in partials)
+    outputs = dict(zip(("partial_key", "partial_value"), sums, strict=True))
     call.submit(backward_pooled_kernel, chunks * programs, parameters, tiles_per_program=share, **outputs)
     return [None if partial is None else partial.sum(0) for partial in partials]
 

@@ -25,8 +25,7 @@ from ..triton_common import (
     start_softmax,
     store_attention,
     store_delta,
-    store_tokens,
-    token_number,
+    store_map,
 )
 
 TILES = {64: (8, 8), 32: (4, 8), 16: (4, 4)}
@@ -137,7 +136,7 @@ def forward_kernel(
 ):
     """One program: one part of the queries of a block, for one head."""
     CELLS: tl.constexpr = (SIDES[1] + 2 * SIDES[2]) * (SIDES[1] + 2 * SIDES[2])
-    query_size, size, blocks = plan
+    size, blocks = plan
     head, part, block = _program(heads, blocks, PARTS)
     position, valid = _queries(part * QUERIES + tl.arange(0, QUERIES), block, SIDES)
     logits = _load_both(height, width, position, head, valid, SIDES, LOGITS)
@@ -150,8 +149,7 @@ def forward_kernel(
         visible = valid[:, None] & taken[None, :]
         bias = _bias(height, width, logits, cell, False, LOGITS)
         state = attend(state, queries, keys, values, visible, bias, scale, PRECISION)
-    number = token_number(position, head, heads, query_size)
-    store_attention(state, output, logsumexp, number, valid, VALUE_DIM, VALUE_CHANNELS)
+    store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
 @triton.jit
@@ -185,16 +183,15 @@ def backward_query_kernel(
 ):
     """One program: the gradients of a part of the queries of a block and of their logits, and delta."""
     SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    query_size, size, blocks = plan
+    size, blocks = plan
     head, part, block = _program(heads, blocks, PARTS)
     position, valid = _queries(part * QUERIES + tl.arange(0, QUERIES), block, SIDES)
-    number = token_number(position, head, heads, query_size)
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    deltas = store_delta(delta, output, grads, number, valid, VALUE_DIM, VALUE_CHANNELS)
+    deltas = store_delta(delta, output, grads, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     if grad_query is not None or grad_height is not None or grad_width is not None:
         logits = _load_both(height, width, position, head, valid, SIDES, LOGITS)
         queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-        statistics = (load_logsumexp(logsumexp, number, valid)[:, None], deltas[:, None])
+        statistics = (load_logsumexp(logsumexp, position, head, valid)[:, None], deltas[:, None])
         of_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)
         of_height = tl.zeros([QUERIES, LOGITS], tl.float32)
         of_width = tl.zeros([QUERIES, LOGITS], tl.float32)
@@ -212,11 +209,11 @@ def backward_query_kernel(
             if grad_width is not None:
                 of_width += multiply(of_scores, _member(cell[1], keys.dtype, LOGITS), PRECISION)
         if grad_query is not None:
-            store_tokens(grad_query, number * HEAD_DIM, valid, of_queries * scale, HEAD_DIM, CHANNELS)
+            store_map(grad_query, of_queries * scale, position, head, valid, HEAD_DIM, CHANNELS)
         if grad_height is not None:
-            store_tokens(grad_height, number * SIDE, valid, of_height, SIDE, LOGITS)
+            store_map(grad_height, of_height, position, head, valid, SIDE, LOGITS)
         if grad_width is not None:
-            store_tokens(grad_width, number * SIDE, valid, of_width, SIDE, LOGITS)
+            store_map(grad_width, of_width, position, head, valid, SIDE, LOGITS)
 
 
 @triton.jit
@@ -258,7 +255,7 @@ def backward_key_kernel(
 ):
     """One program: the gradients of a tile of keys and values. Scores have keys as rows."""
     SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    query_size, size, blocks = plan
+    size, blocks = plan
     head, _, tile = _program(heads, tiles, 1)
     image = tile[0]
     slot = tl.arange(0, BLOCK)
@@ -277,10 +274,9 @@ def backward_key_kernel(
         row = y - block[1] * SIDES[1] + SIDES[2]
         column = x - block[2] * SIDES[1] + SIDES[2]
         seen = valid & (row >= 0) & (row < SIDE) & (column >= 0) & (column < SIDE)
-        number = token_number(position, head, heads, query_size)
         queries = load_map(query, position, head, query_valid, HEAD_DIM, CHANNELS)
         grads = load_map(grad_output, position, head, query_valid, VALUE_DIM, VALUE_CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, number, query_valid)
+        of_rows, deltas = load_statistics(logsumexp, delta, position, head, query_valid)
         visible = seen[:, None] & query_valid[None, :]
         logits = _load_both(height, width, position, head, query_valid, SIDES, LOGITS)
         bias = _bias(height, width, logits, (row, column), True, LOGITS)
@@ -291,11 +287,10 @@ def backward_key_kernel(
             of_keys += multiply(of_scores, queries, PRECISION)
         if grad_value is not None:
             of_values += multiply(weights, grads, PRECISION)
-    number = token_number((image, y, x), head, heads, size)
     if grad_key is not None:
-        store_tokens(grad_key, number * HEAD_DIM, valid, of_keys * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_key, of_keys * scale, (image, y, x), head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_tokens(grad_value, number * VALUE_DIM, valid, of_values, VALUE_DIM, VALUE_CHANNELS)
+        store_map(grad_value, of_values, (image, y, x), head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
 class _Call(Call):
@@ -322,7 +317,7 @@ class _Call(Call):
         self.arguments.update(
             height=height,
             width=width,
-            plan=(self.size, self.key_size, self.blocks),
+            plan=(self.key_size, self.blocks),
             SIDES=(self.side, block_size, halo_size),
             LOGITS=max(16, triton.next_power_of_2(block_size + 2 * halo_size)),
             MASK_PADDING=mask_padding,
@@ -358,9 +353,9 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
-    outputs = call.outputs()
-    call.start("forward", forward_kernel, **outputs)
-    return tuple(outputs.values())
+    outputs = call.start_forward()
+    call.start("forward", forward_kernel)
+    return outputs
 
 
 def backward(
@@ -370,9 +365,10 @@ def backward(
     call = _Call(*arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
     _, needs_key, needs_value, *of_logits = needs_gradient
-    for logits, needed in zip(call.logits, of_logits, strict=True):
+    for name, logits, needed in zip(("grad_height", "grad_width"), call.logits, of_logits, strict=True):
         gradients.append(logits.new_empty(logits.shape) if needed else None)
-    call.start("backward_query", backward_query_kernel, grad_height=gradients[3], grad_width=gradients[4])
+        call.arguments[name] = call.tokens(gradients[-1]) if needed else None
+    call.start("backward_query", backward_query_kernel)
     if needs_key or needs_value:
         call.start_by_key()
     return [gradient for gradient in gradients if gradient is not None]

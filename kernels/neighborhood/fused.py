@@ -32,8 +32,7 @@ from ..triton_common import (
     start_softmax,
     store_attention,
     store_delta,
-    store_tokens,
-    token_number,
+    store_map,
 )
 from .tiles import (
     as_columns,
@@ -109,8 +108,7 @@ def forward_kernel(
         visible = visible_pairs(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK) & valid[:, None]
         bias = _bias(table, of_query, of_key, head, visible, KERNEL, RANK)
         state = attend(state, queries, keys, values, visible, bias, scale, PRECISION)
-    number = token_number(position, head, heads, plan[0])
-    store_attention(state, output, logsumexp, number, valid, HEAD_DIM, CHANNELS)
+    store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -149,13 +147,12 @@ def backward_query_kernel(
     if not before(first, length):
         return
     places, position, valid = block_of_tokens(first, length, group, plan, TILE, BLOCK)
-    number = token_number(position, head, heads, plan[0])
     grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-    deltas = store_delta(delta, output, grads, number, valid, HEAD_DIM, CHANNELS)
+    deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_query is not None or grad_table is not None:
         copy = tl.program_id(0) // heads % SLICES * heads + head
         queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-        statistics = (load_logsumexp(logsumexp, number, valid)[:, None], deltas[:, None])
+        statistics = (load_logsumexp(logsumexp, position, head, valid)[:, None], deltas[:, None])
         sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
         start, stop = box_of_keys(first, length, TILE, KERNEL, STRIDE, CAUSAL)
         steps = box_steps(start, stop, BOX)
@@ -173,7 +170,7 @@ def backward_query_kernel(
             if grad_query is not None:
                 sums += multiply(of_scores, keys, PRECISION)
         if grad_query is not None:
-            store_tokens(grad_query, number * HEAD_DIM, valid, sums * scale, HEAD_DIM, CHANNELS)
+            store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -215,9 +212,8 @@ def backward_key_kernel(
     for step in range(0, steps[0] * steps[1] * steps[2]):
         box = box_at(step, steps, start, BOX)
         query_places, query_position, query_valid = block_of_tokens(box, stop, group, plan, BOX, BLOCK)
-        number = token_number(query_position, head, heads, plan[0])
         queries, grads = load_maps(query, grad_output, query_position, head, query_valid, HEAD_DIM, CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, number, query_valid)
+        of_rows, deltas = load_statistics(logsumexp, delta, query_position, head, query_valid)
         of_query, of_key = as_columns(query_places), as_rows(places)
         visible = visible_pairs(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK)
         visible = visible & query_valid[None, :] & valid[:, None]
@@ -229,11 +225,10 @@ def backward_key_kernel(
             of_keys += multiply(of_scores, queries, PRECISION)
         if grad_value is not None:
             of_values += multiply(weights, grads, PRECISION)
-    row = token_number(position, head, heads, plan[0]) * HEAD_DIM
     if grad_key is not None:
-        store_tokens(grad_key, row, valid, of_keys * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_tokens(grad_value, row, valid, of_values, HEAD_DIM, CHANNELS)
+        store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -265,10 +260,9 @@ def backward_bias_kernel(
     head, group, first = program_tile(heads, plan, TILE)
     length = group[2]
     places, position, valid = block_of_tokens(first, length, group, plan, TILE, BLOCK)
-    number = token_number(position, head, heads, plan[0])
     queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
     queries, grads = queries.to(tl.float32), grads.to(tl.float32)
-    of_rows, deltas = load_statistics(logsumexp, delta, number, valid)
+    of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
     for entry in range(0, ENTRIES):
         z = places[0] + entry // (ROWS * COLUMNS) - (KERNEL[0] - 1)
         y = places[1] + entry // COLUMNS % ROWS - (KERNEL[1] - 1)
@@ -336,9 +330,9 @@ def refuse(query: Tensor, *_) -> Optional[str]:
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
-    outputs = call.outputs()
-    call.start("forward", forward_kernel, **outputs)
-    return tuple(outputs.values())
+    outputs = call.start_forward()
+    call.start("forward", forward_kernel)
+    return outputs
 
 
 def backward(

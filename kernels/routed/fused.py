@@ -27,8 +27,8 @@ from ..triton_common import (
     refuse_tensors,
     start_softmax,
     store_attention,
-    store_tokens,
-    token_number,
+    store_map,
+    token_pointers,
 )
 
 
@@ -80,8 +80,7 @@ def forward_kernel(
         keys = load_map(key, key_position, head, seen, HEAD_DIM, CHANNELS)
         values = load_map(value, key_position, head, seen, VALUE_DIM, VALUE_CHANNELS)
         state = attend(state, queries, keys, values, seen[None, :], 0.0, scale, PRECISION)
-    number = token_number(position, head, heads, size)
-    store_attention(state, output, logsumexp, number, valid, VALUE_DIM, VALUE_CHANNELS)
+    store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
 @triton.jit
@@ -113,10 +112,9 @@ def backward_query_kernel(
     sum of the weights, which is 1 but for the rounding of the logsumexp.
     """
     head, position, valid = _program(heads, size, BLOCK)
-    number = token_number(position, head, heads, size)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    statistics = load_logsumexp(logsumexp, number, valid)[:, None]
+    statistics = load_logsumexp(logsumexp, position, head, valid)[:, None]
     first = (position[0].to(tl.int64) * size[0] + position[1]) * topk
     deltas = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -131,7 +129,7 @@ def backward_query_kernel(
         deltas += tl.sum(products, 1)
         total += tl.sum(weights, 1)
     deltas = deltas / tl.where(total > 0, total, 1.0)
-    tl.store(delta + number, deltas, mask=valid)
+    tl.store(token_pointers(delta, position, head), deltas, mask=valid)
     if grad_query is not None:
         sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
         for start in range(0, topk * size[1], STEP):
@@ -143,7 +141,7 @@ def backward_query_kernel(
                 queries, keys, grads, values, (statistics, deltas[:, None]), visible, 0.0, scale, PRECISION
             )
             sums += multiply(of_scores, keys, PRECISION)
-        store_tokens(grad_query, number * HEAD_DIM, valid, sums * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -185,7 +183,7 @@ def backward_key_kernel(
         asking, asked = _listed(askers, first, count, start + tl.arange(0, STEP), image, size)
         queries = load_map(query, asking, head, asked, HEAD_DIM, CHANNELS)
         grads = load_map(grad_output, asking, head, asked, VALUE_DIM, VALUE_CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, token_number(asking, head, heads, size), asked)
+        of_rows, deltas = load_statistics(logsumexp, delta, asking, head, asked)
         visible = valid[:, None] & asked[None, :]
         weights, of_scores = gradient_of_pairs(
             keys, queries, values, grads, (of_rows[None, :], deltas[None, :]), visible, 0.0, scale, PRECISION
@@ -194,11 +192,10 @@ def backward_key_kernel(
             of_keys += multiply(of_scores, queries, PRECISION)
         if grad_value is not None:
             of_values += multiply(weights, grads, PRECISION)
-    number = token_number(position, head, heads, size)
     if grad_key is not None:
-        store_tokens(grad_key, number * HEAD_DIM, valid, of_keys * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_tokens(grad_value, number * VALUE_DIM, valid, of_values, VALUE_DIM, VALUE_CHANNELS)
+        store_map(grad_value, of_values, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
 class _Call(Call):
@@ -231,9 +228,9 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
-    outputs = call.outputs()
-    call.submit(forward_kernel, "forward", **outputs)
-    return tuple(outputs.values())
+    outputs = call.start_forward()
+    call.submit(forward_kernel, "forward")
+    return outputs
 
 
 def backward(

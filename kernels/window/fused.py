@@ -30,8 +30,7 @@ from ..triton_common import (
     start_softmax,
     store_attention,
     store_delta,
-    store_tokens,
-    token_number,
+    store_map,
 )
 from .geometry import sum_by_offset
 
@@ -115,8 +114,7 @@ def forward_kernel(
             if table is not None and PARTS > 1:
                 part_bias = _bias(table, head, query_slot[:, None], key_slot[None, :], WINDOW)
             state = attend(state, queries, keys, values, visible, part_bias, scale, PRECISION)
-        number = token_number(position, head, heads, plan[2])
-        store_attention(state, output, logsumexp, number, valid, HEAD_DIM, CHANNELS)
+        store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -160,10 +158,9 @@ def backward_whole_kernel(
         largest = tl.where(valid, tl.max(scores, 1), 0.0)
         weights = tl.where(visible, tl.exp2(scores - largest[:, None]), 0.0)
         weights = weights / tl.where(valid, tl.sum(weights, 1), 1.0)[:, None]
-        row = token_number(position, head, heads, plan[2]) * HEAD_DIM
         if grad_value is not None:
             of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
-            store_tokens(grad_value, row, valid, of_values, HEAD_DIM, CHANNELS)
+            store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
         if grad_query is not None or grad_key is not None or partial is not None:
             of_weights = multiply(grads, tl.trans(values), PRECISION)
             of_scores = weights * (of_weights - tl.sum(weights * of_weights, 1)[:, None])
@@ -172,10 +169,10 @@ def backward_whole_kernel(
             of_scores = of_scores.to(keys.dtype)
             if grad_query is not None:
                 of_queries = multiply(of_scores, keys, PRECISION) * scale
-                store_tokens(grad_query, row, valid, of_queries, HEAD_DIM, CHANNELS)
+                store_map(grad_query, of_queries, position, head, valid, HEAD_DIM, CHANNELS)
             if grad_key is not None:
                 of_keys = multiply(tl.trans(of_scores), queries, PRECISION) * scale
-                store_tokens(grad_key, row, valid, of_keys, HEAD_DIM, CHANNELS)
+                store_map(grad_key, of_keys, position, head, valid, HEAD_DIM, CHANNELS)
     if partial is not None:
         pair = tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + slot[:, None] * BLOCK + slot[None, :]
         tl.store(partial + pair, grad_bias)
@@ -208,12 +205,11 @@ def backward_query_kernel(
     window = tl.program_id(0) // (heads * PARTS)
     query_slot = tl.program_id(0) // heads % PARTS * BLOCK + tl.arange(0, BLOCK)
     position, label, valid = _locate(query_slot, window, plan, WINDOW, 1)
-    number = token_number(position, head, heads, plan[2])
     grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-    deltas = store_delta(delta, output, grads, number, valid, HEAD_DIM, CHANNELS)
+    deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_query is not None:
         queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-        statistics = (load_logsumexp(logsumexp, number, valid)[:, None], deltas[:, None])
+        statistics = (load_logsumexp(logsumexp, position, head, valid)[:, None], deltas[:, None])
         sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
         for start in range(0, SLOTS, BLOCK):
             key_slot = start + tl.arange(0, BLOCK)
@@ -225,7 +221,7 @@ def backward_query_kernel(
                 bias = _bias(table, head, query_slot[:, None], key_slot[None, :], WINDOW)
             _, of_scores = gradient_of_pairs(queries, keys, grads, values, statistics, visible, bias, scale, PRECISION)
             sums += multiply(of_scores, keys, PRECISION)
-        store_tokens(grad_query, number * HEAD_DIM, valid, sums * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -261,9 +257,8 @@ def backward_key_kernel(
     for start in range(0, SLOTS, BLOCK):
         query_slot = start + tl.arange(0, BLOCK)
         position, label, valid = _locate(query_slot, window, plan, WINDOW, 1)
-        number = token_number(position, head, heads, plan[2])
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, number, valid)
+        of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
         visible = (key_label[:, None] == label[None, :]) & key_valid[:, None] & valid[None, :]
         bias = 0.0
         if table is not None:
@@ -275,11 +270,10 @@ def backward_key_kernel(
             of_keys += multiply(of_scores, queries, PRECISION)
         if grad_value is not None:
             of_values += multiply(weights, grads, PRECISION)
-    row = token_number(key_position, head, heads, plan[2]) * HEAD_DIM
     if grad_key is not None:
-        store_tokens(grad_key, row, key_valid, of_keys * scale, HEAD_DIM, CHANNELS)
+        store_map(grad_key, of_keys * scale, key_position, head, key_valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_tokens(grad_value, row, key_valid, of_values, HEAD_DIM, CHANNELS)
+        store_map(grad_value, of_values, key_position, head, key_valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -315,10 +309,9 @@ def backward_bias_kernel(
     for window in range(first, tl.minimum(first + windows_per_program, plan[0])):
         position, label, valid = _locate(query_slot, window, plan, WINDOW, 1)
         key_position, key_label, key_valid = _locate(key_slot, window, plan, WINDOW, 1)
-        number = token_number(position, head, heads, plan[2])
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, number, valid)
+        of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
         visible = (label[:, None] == key_label[None, :]) & valid[:, None] & key_valid[None, :]
         sums += gradient_of_pairs(
             queries, keys, grads, values, (of_rows[:, None], deltas[:, None]), visible, bias, scale, PRECISION
@@ -368,7 +361,7 @@ def refuse(query: Tensor, *_) -> Optional[str]:
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
-    outputs = call.outputs()
+    outputs = call.start_forward()
     parameters = call.parameters("forward_whole")
     if call.tokens_per_window > parameters.block:
         parameters = call.parameters("forward")
@@ -376,8 +369,8 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(call.windows, pack)
     share, groups = call.spread(blocks)
     programs = groups * triton.cdiv(pack * call.tokens_per_window, parameters.block) * call.heads
-    call.submit(forward_kernel, programs, parameters, **outputs, blocks=blocks, blocks_per_program=share, PACK=pack)
-    return tuple(outputs.values())
+    call.submit(forward_kernel, programs, parameters, blocks=blocks, blocks_per_program=share, PACK=pack)
+    return outputs
 
 
 def backward(

@@ -78,7 +78,7 @@ def run_with_gradients(
     output = function(**leaves)
     result = {"output": output.detach()}
     if wanted:
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
         gradients = torch.autograd.grad(output, [leaves[name] for name in wanted], grad_output)
         result.update({f"grad_{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)})
@@ -113,11 +113,16 @@ def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [chosen for size in range(1, len(names) + 1) for chosen in itertools.combinations(names, size)]
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the default device, which is a GPU where the fused kernels are tested on one."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def random_inputs(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", seed: int = 0
 ) -> list[Tensor]:
     """Query, key and value of one shape (batch, *spatial, heads, head_dim), stored in one of LAYOUTS."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)

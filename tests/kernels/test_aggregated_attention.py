@@ -11,6 +11,7 @@ from operator_testing import (
     assert_matches_definition,
     random_inputs,
     run_with_gradients,
+    seeded,
     subsets,
     sweep,
 )
@@ -42,7 +43,7 @@ class Case:
         tensors = random_inputs(shape, self.dtype, self.layout)
         tensors += random_inputs((self.batch, self.pooled, self.heads, self.head_dim), self.dtype, self.layout, 1)[:2]
         tensors = dict(zip(TENSORS, tensors, strict=False))
-        generator = torch.Generator().manual_seed(2)
+        generator = seeded(2)
         if self.bias_dtype:
             shapes = ((self.heads, self.window**2), (self.heads, self.map[0] * self.map[1], self.pooled))
             for name, bias_shape in zip(("local_bias", "pooled_bias"), shapes, strict=True):

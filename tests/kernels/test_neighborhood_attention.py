@@ -13,6 +13,7 @@ from operator_testing import (
     describe,
     random_inputs,
     run_with_gradients,
+    seeded,
     subsets,
     sweep,
 )
@@ -63,7 +64,7 @@ class Case:
         tensors = dict(zip(TENSORS, random_inputs(shape, self.dtype, self.layout, seed), strict=False))
         if self.bias:
             table = (self.heads, *(2 * kernel - 1 for _, kernel, *_ in self.per_axis()))
-            generator = torch.Generator().manual_seed(seed + 1)
+            generator = seeded(seed + 1)
             # Single precision tables beside half precision tokens, as under autocast.
             dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
             tensors["relative_position_bias"] = torch.randn(table, generator=generator, dtype=dtype)

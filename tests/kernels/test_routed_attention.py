@@ -11,6 +11,7 @@ from operator_testing import (
     dense_attention,
     random_inputs,
     run_with_gradients,
+    seeded,
     subsets,
     sweep,
 )
@@ -47,7 +48,7 @@ class Case:
     @property
     def routes(self) -> Tensor:
         """Different regions for each region, or any, so that some come twice."""
-        generator = torch.Generator().manual_seed(2)
+        generator = seeded(2)
         shape = (self.batch, self.regions)
         if self.repeated:
             return torch.randint(self.regions, (*shape, self.topk), generator=generator, dtype=self.index)

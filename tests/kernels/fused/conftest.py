@@ -1,4 +1,6 @@
-"""These tests run with TRITON_INTERPRET=1: kernels are interpreted, on CPU tensors."""
+"""These tests run on a GPU, or with TRITON_INTERPRET=1: kernels are interpreted then, on CPU tensors."""
+
+import os
 
 import numpy as np
 import pytest
@@ -20,9 +22,6 @@ def check_numpy() -> None:
         )
 
 
-check_numpy()
-
-
 def repair_bfloat16_products() -> None:
     """The interpreter holds bfloat16 as raw bits, and its dot multiplies these (triton-lang/triton issue 11584)."""
     create_dot = interpreter.InterpreterBuilder.create_dot
@@ -39,4 +38,8 @@ def repair_bfloat16_products() -> None:
     interpreter.InterpreterBuilder.create_dot = repaired
 
 
-repair_bfloat16_products()
+if os.environ.get("TRITON_INTERPRET") == "1":
+    check_numpy()
+    repair_bfloat16_products()
+else:
+    torch.set_default_device("cuda")  # before the test modules make tensors of their own

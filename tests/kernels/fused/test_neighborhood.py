@@ -80,6 +80,7 @@ def test_deterministic_gradient_of_the_bias(case: Case) -> None:
     assert torch.equal(first["grad_relative_position_bias"], second["grad_relative_position_bias"])
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("wanted", subsets(TENSORS), ids="+".join)
 def test_gradients_of_a_subset(wanted: tuple[str, ...]) -> None:
     case = Case((5, 5), 3, batch=1, heads=1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from operator_testing import seeded
 from torch import Tensor
 
 from vicinal.kernels import (
@@ -49,7 +50,7 @@ OPERATORS = {
 
 def make(name: str) -> tuple[Call, Tensor, Tensor]:
     function, shape = OPERATORS[name]
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     packed, other = (torch.randn(size, generator=generator).requires_grad_() for size in ((2, 4, 4, 3, 2, 8), shape))
     return Call(function), packed, other
 
@@ -58,7 +59,7 @@ def make(name: str) -> tuple[Call, Tensor, Tensor]:
 def test_autocast(name: str) -> None:
     """It computes in bfloat16, and gradients come back in the dtype of the parameters."""
     call, packed, other = make(name)
-    with backend("fused"), torch.autocast("cpu", torch.bfloat16):
+    with backend("fused"), torch.autocast(packed.device.type, torch.bfloat16):
         output = call(packed, other)
         (gradient,) = torch.autograd.grad(output.float().sum(), packed)
     assert output.dtype == torch.bfloat16

@@ -10,6 +10,7 @@ from test_window_attention import TENSORS, Case, dense, draw
 
 from vicinal.kernels import backend, explain, window_attention
 from vicinal.kernels.dispatch import statistics_dtype
+from vicinal.kernels.triton_common import interpreted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,6 +135,7 @@ def test_empty_batch() -> None:
         assert all(gradient.shape == output.shape for gradient in torch.autograd.grad(output.sum(), tensors))
 
 
+@pytest.mark.skipif(not interpreted(), reason="this is a rule of the interpreter, and kernels run on a GPU here")
 def test_the_interpreter_runs_only_where_it_is_forced() -> None:
     tokens = torch.zeros(1, 4, 4, 1, 8)
     assert "fused: Triton's interpreter runs only where fused is forced" in explain(window_attention, *[tokens] * 3, 2)
