@@ -85,12 +85,6 @@ def cases_of(kernel: str) -> list[Case]:
     return cases
 
 
-def launched(kernel: str) -> str:
-    """Name of the kernel behind an entry; one kernel attends to windows that fit into a block and to others."""
-    name = kernel.partition("_")[2]
-    return "forward" if name == "forward_whole" else name
-
-
 def candidates(kernel: str) -> list[launch.Parameters]:
     """Parameters to try, large blocks first."""
     # a window of seven is attended to whole only in a block of 64
@@ -105,7 +99,7 @@ def compile_candidate(architecture: str, row: Row, parameters: launch.Parameters
         with launch.replace({row.kernel: parameters}):
             launches = record_case(case, row.head_dim, DTYPES[row.element_size], architecture)
         try:
-            found = compile_launch(launches[launched(row.kernel)], architecture)
+            found = compile_launch(launches[row.kernel.partition("_")[2]], architecture)
         except (RuntimeError, ZeroDivisionError):  # a layout that the compiler does not know, or too much memory
             return None
         if found.spilled or found.shared > ARCHITECTURES[architecture].shared:

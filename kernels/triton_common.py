@@ -136,8 +136,13 @@ def start_softmax(BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
 @triton.jit
 def attend(state, queries, keys, values, visible, bias, scale, PRECISION: tl.constexpr):
     """The state with one more block of keys."""
+    return accumulate(state, masked_scores(queries, keys, visible, bias, scale, PRECISION), values, PRECISION)
+
+
+@triton.jit
+def accumulate(state, scores, values, PRECISION: tl.constexpr):
+    """The state with one more block of keys, from their scores in base 2."""
     largest, total, sums = state
-    scores = masked_scores(queries, keys, visible, bias, scale, PRECISION)
     weights, largest, total, decay = softmax_step(scores, largest, total)
     return largest, total, sums * decay[:, None] + multiply(weights, values, PRECISION)
 
@@ -147,7 +152,7 @@ def store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM: t
     """Output and logsumexp of the queries, after the last block of keys."""
     largest, total, sums = state
     total = tl.where(valid, total, 1.0)
-    store_map(output, sums / total[:, None], position, head, valid, HEAD_DIM, CHANNELS)
+    store_map(output, sums * (1.0 / total)[:, None], position, head, valid, HEAD_DIM, CHANNELS)
     tl.store(token_pointers(logsumexp, position, head), (largest + tl.log2(total)) * LN_2, mask=valid)
 
 
@@ -177,6 +182,13 @@ def gradient_of_pairs(left, right, of_left, of_right, statistics, visible, bias,
     scores = masked_scores(left, right, visible, bias, scale, PRECISION)
     of_weights = multiply(of_left, tl.trans(of_right), PRECISION)
     return gradient_of_scores(scores, statistics[0], visible, of_weights, statistics[1])
+
+
+@triton.jit
+def gradient_of_weights(scores, of_left, of_right, statistics, PRECISION: tl.constexpr):
+    """As :func:`gradient_of_pairs`, from scores in base 2 that are -inf where tokens do not see each other."""
+    weights = tl.exp2(scores - statistics[0])
+    return weights, weights * (multiply(of_left, tl.trans(of_right), PRECISION) - statistics[1])
 
 
 @triton.jit

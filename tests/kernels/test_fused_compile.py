@@ -15,8 +15,12 @@ from vicinal.eval.kernel_table import (
 )
 from vicinal.kernels import launch
 
-LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}, "aggregated_attention": {"backward_key"}}
-"""Kernels without matrix products: they sum offset by offset."""
+LIGHT_KERNELS = {
+    "neighborhood_attention": {"backward_bias"},
+    "aggregated_attention": {"backward_key"},
+    "window_attention": {"bias", "sum_by_offset"},
+}
+"""Kernels without matrix products."""
 
 
 @pytest.fixture(autouse=True)
