@@ -4,9 +4,9 @@ from .aggregated import aggregated_attention
 from .dispatch import backend, explain
 from .gated import gated_positional_attention
 from .halo import halo_attention
-from .neighborhood import neighborhood_attention
+from .neighborhood import neighborhood_attention, neighborhood_attention_packed
 from .routed import routed_attention
-from .window import window_attention
+from .window import window_attention, window_attention_packed
 
 __all__ = [
     "aggregated_attention",
@@ -15,6 +15,8 @@ __all__ = [
     "gated_positional_attention",
     "halo_attention",
     "neighborhood_attention",
+    "neighborhood_attention_packed",
     "routed_attention",
     "window_attention",
+    "window_attention_packed",
 ]

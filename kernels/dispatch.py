@@ -104,8 +104,9 @@ class Operator:
     Args:
         name: of the operator and of the public function.
         schema: arguments of the forward operator in the order of the public function, in torch's schema language. The
-            first three must be ``Tensor query, Tensor key, Tensor value``. Options are ``int[]``, ``bool[]``, ``str``,
-            ``bool``, ``int`` or ``float?``; a list may hold one element for all axes.
+            first three must be ``Tensor query, Tensor key, Tensor value``, or one packed tensor (:mod:`.packed`).
+            Options are ``int[]``, ``bool[]``, ``str``, ``bool``, ``int`` or ``float?``; a list may hold one element for
+            all axes.
         differentiable: names of the tensor arguments that have gradients.
         check: called as ``check(*arguments)`` before any work; raises ValueError.
         reference: called as ``reference(*arguments)``; returns the output, differentiable by autograd.
@@ -132,7 +133,7 @@ class Operator:
         autocast: Sequence[str] = ("query", "key", "value"),
         fused: str | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.schema = name, schema
         self.check = check
         self.reference = reference
         self.tiled = tiled
@@ -167,11 +168,15 @@ class Operator:
         declared = zip(self.names, self.kinds, arguments, strict=True)
         return tuple(canonicalize(name, kind, value) for name, kind, value in declared)
 
+    def unpacked(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """The arguments as the check and the implementations take them; shapes may stand in the place of tensors."""
+        return arguments
+
     def explain(self, *args: Any, **kwargs: Any) -> str:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = self.canonicalize(tuple(bound.arguments.values()))
-        self.check(*arguments)
+        self.check(*self.unpacked(arguments))
         asked = selected_backend()
         refusal = self._refuse_fused(arguments)
         unused = f"fused: {refusal or 'another backend is forced'}"
@@ -206,9 +211,10 @@ class Operator:
     def _run_reference(self, arguments: tuple) -> Tensor:
         device_type = arguments[0].device.type
         if not torch.is_autocast_enabled(device_type):
+            arguments = self.unpacked(arguments)
             self.check(*arguments)
             return self.reference(*arguments)
-        arguments = self._cast(arguments, device_type)
+        arguments = self.unpacked(self._cast(arguments, device_type))
         self.check(*arguments)
         with torch.autocast(device_type, enabled=False):
             return self.reference(*arguments)
@@ -217,7 +223,7 @@ class Operator:
         if self.fused is None:
             return "this operator has none"
         try:
-            return importlib.import_module(self.fused).refuse(*arguments)
+            return importlib.import_module(self.fused).refuse(*self.unpacked(arguments))
         except ModuleNotFoundError as error:
             return f"the package {error.name} is not installed"
 
@@ -252,11 +258,11 @@ class Operator:
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         arguments = self._complete(arguments)
-        self.check(*arguments)
+        self.check(*self.unpacked(arguments))
         if arguments[0].numel() == 0:
-            return self._allocate(*arguments)
+            return self._allocate(arguments)
         implementation = self._implementation(arguments)
-        output, logsumexp = implementation.forward(*self._widen(implementation, arguments))
+        output, logsumexp = implementation.forward(*self.unpacked(self._widen(implementation, arguments)))
         return output.to(arguments[0].dtype).contiguous(), logsumexp.contiguous()
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
@@ -267,16 +273,23 @@ class Operator:
             return [tensor.new_zeros(tensor.shape) for tensor in wanted]
         implementation = self._implementation(arguments)
         statistics = self._widen(implementation, (grad_output, output, logsumexp))
-        gradients = implementation.backward(*statistics, needs_gradient, *self._widen(implementation, arguments))
+        widened = self._widen(implementation, arguments)
+        gradients = self._run_backward(implementation, statistics, needs_gradient, widened)
         return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, wanted, strict=True)]
+
+    def _run_backward(
+        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], arguments: tuple
+    ) -> list[Tensor]:
+        return implementation.backward(*statistics, needs_gradient, *arguments)
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         # Tensors on the meta device come here too, eagerly; only traced ones have sizes that a check must not read.
         if not any(isinstance(value, FakeTensor) for value in arguments):
-            self.check(*self._complete(arguments))
-        return self._allocate(*arguments)
+            self.check(*self.unpacked(self._complete(arguments)))
+        return self._allocate(arguments)
 
-    def _allocate(self, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def _allocate(self, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        query, _, value, *_ = self.unpacked(arguments)
         output = query.new_empty((*query.shape[:-1], value.shape[-1]))
         return output, query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
 
@@ -354,7 +367,7 @@ class Operator:
 
         def count(arguments: Sequence[Any], of_keys: int, of_values: int) -> int:
             """Flops of some products with the channels of the keys and some with those of the values."""
-            arguments = self._complete(arguments)
+            arguments = self.unpacked(self._complete(arguments))
             *queries, head_dim = arguments[0]
             channels = of_keys * head_dim + of_values * arguments[2][-1]
             return 2 * torch.Size(queries).numel() * self.keys_per_query(*arguments) * channels

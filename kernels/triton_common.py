@@ -296,20 +296,33 @@ class Call:
         return output, logsumexp
 
     def start_backward(
-        self, grad_output: Tensor, output: Tensor, logsumexp: Tensor, needs_gradient: Sequence[bool]
+        self,
+        grad_output: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        needs_gradient: Sequence[bool],
+        into: Optional[Sequence[Tensor]] = None,
     ) -> list[Optional[Tensor]]:
-        """Take what the kernels of the backward share; returns space for the gradients of query, key and value."""
+        """Take what the kernels of the backward share; returns space for the gradients of query, key and value.
+
+        Args:
+            into: use these tensors for the gradients.
+        """
         self.arguments.update(
             grad_output=self.tokens(grad_output),
             output=self.tokens(output),
             logsumexp=self.tokens(logsumexp, channels=False),
             delta=self.tokens(torch.empty_like(logsumexp), channels=False),
         )
-        gradients = []
-        for name, needed in zip(("query", "key", "value"), needs_gradient[:3], strict=True):
-            source = self.arguments[name].pointer
-            gradients.append(source.new_empty(source.shape) if needed else None)
-            self.arguments[f"grad_{name}"] = self.tokens(gradients[-1]) if needed else None
+        names = ("query", "key", "value")
+        sources = [self.arguments[name].pointer for name in names]
+        spaces = into or [
+            source.new_empty(source.shape) if needed else None
+            for source, needed in zip(sources, needs_gradient, strict=False)
+        ]
+        gradients = [space if needed else None for space, needed in zip(spaces, needs_gradient, strict=False)]
+        for name, gradient in zip(names, gradients, strict=True):
+            self.arguments[f"grad_{name}"] = None if gradient is None else self.tokens(gradient)
         return gradients
 
     def parameters(self, kernel: str) -> Parameters:

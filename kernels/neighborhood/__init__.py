@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Operator
+from ..packed import PackedOperator
 from . import reference, tiled
 from .reference import aggregate, neighborhood_attention_weights
 
-__all__ = ["aggregate", "neighborhood_attention", "neighborhood_attention_weights"]
+__all__ = ["aggregate", "neighborhood_attention", "neighborhood_attention_packed", "neighborhood_attention_weights"]
 
 _OPERATOR = Operator(
     "neighborhood_attention",
@@ -27,6 +28,7 @@ _OPERATOR = Operator(
         checks.per_axis("kernel_size", kernel_size, len(query) - 3)
     ),
 )
+_PACKED = PackedOperator(_OPERATOR)
 
 
 def neighborhood_attention(
@@ -71,3 +73,28 @@ def neighborhood_attention(
     Attention Transformer", section 3.2; Hassani et al., "Generalized Neighborhood Attention", section 3.
     """
     return _OPERATOR(query, key, value, kernel_size, stride, dilation, is_causal, relative_position_bias, scale)
+
+
+def neighborhood_attention_packed(
+    packed: Tensor,
+    kernel_size: Union[int, Sequence[int]],
+    *,
+    stride: Union[int, Sequence[int]] = 1,
+    dilation: Union[int, Sequence[int]] = 1,
+    is_causal: Union[bool, Sequence[bool]] = False,
+    relative_position_bias: Optional[Tensor] = None,
+    scale: Optional[float] = None,
+) -> Tensor:
+    """:func:`neighborhood_attention` of ``packed.unbind(-3)``, whose backward writes the gradient without a copy.
+
+    Args:
+        packed: (batch, *spatial, 3, heads, head_dim), query, key and value in this order.
+        kernel_size, stride, dilation, is_causal, relative_position_bias, scale: see :func:`neighborhood_attention`.
+
+    Returns:
+        (batch, *spatial, heads, head_dim).
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    return _PACKED(packed, kernel_size, stride, dilation, is_causal, relative_position_bias, scale)

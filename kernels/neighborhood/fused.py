@@ -336,11 +336,16 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, logsumexp: Tensor, needs_gradient: Sequence[bool], *arguments
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    needs_gradient: Sequence[bool],
+    *arguments,
+    into: Optional[Sequence[Tensor]] = None,
 ) -> list[Tensor]:
-    """Gradients of query, key, value and the bias table, those that are needed."""
+    """Gradients of query, key, value and the bias table, those that are needed; the first three `into` tensors."""
     call = _Call(*arguments)
-    gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
+    gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient, into)
     _, needs_key, needs_value, needs_bias = needs_gradient
     atomic = needs_bias and not torch.are_deterministic_algorithms_enabled()
     of_table = call.query.new_zeros((SLICES, *call.table.shape), dtype=torch.float32) if atomic else None

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Operator
+from ..packed import PackedOperator
 from . import reference, tiled
 from .reference import aggregate, window_attention_weights
 
-__all__ = ["aggregate", "window_attention", "window_attention_weights"]
+__all__ = ["aggregate", "window_attention", "window_attention_packed", "window_attention_weights"]
 
 _OPERATOR = Operator(
     "window_attention",
@@ -22,6 +23,7 @@ _OPERATOR = Operator(
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, window_size, *_: window_size[0] * window_size[-1],
 )
+_PACKED = PackedOperator(_OPERATOR)
 
 
 def window_attention(
@@ -59,3 +61,27 @@ def window_attention(
         ValueError: an argument does not fit the above.
     """
     return _OPERATOR(query, key, value, window_size, partition, shift, relative_position_bias, scale)
+
+
+def window_attention_packed(
+    packed: Tensor,
+    window_size: Union[int, Sequence[int]],
+    *,
+    partition: str = "block",
+    shift: Union[int, Sequence[int]] = 0,
+    relative_position_bias: Optional[Tensor] = None,
+    scale: Optional[float] = None,
+) -> Tensor:
+    """:func:`window_attention` of ``packed.unbind(3)``, whose backward writes the gradient of `packed` without a copy.
+
+    Args:
+        packed: (batch, height, width, 3, heads, head_dim), query, key and value in this order.
+        window_size, partition, shift, relative_position_bias, scale: see :func:`window_attention`.
+
+    Returns:
+        (batch, height, width, heads, head_dim).
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    return _PACKED(packed, window_size, partition, shift, relative_position_bias, scale)

@@ -84,11 +84,10 @@ def _region(slot, window, plan, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _torn(window, plan, WINDOW: tl.constexpr, AXIS: tl.constexpr):
-    """Whether the shift tears a window apart along an axis."""
-    _, _, size, step, spacing, shift = plan
-    last = window[1 + AXIS] * step[AXIS] + (WINDOW[AXIS] - 1) * spacing[AXIS]
-    return last >= size[AXIS] - shift[AXIS]
+def _torn(window, plan, AXIS: tl.constexpr):
+    """Whether the shift tears a window apart along an axis: it does so to the last one."""
+    _, counts, _, _, _, shift = plan
+    return (window[1 + AXIS] == counts[AXIS] - 1) & (shift[AXIS] > 0)
 
 
 @triton.jit
@@ -96,7 +95,7 @@ def _tear(scores, rows, columns, window, plan, WINDOW: tl.constexpr, SHIFTED: tl
     """Scores with -inf where the shift has torn two tokens of a window apart."""
     torn = False
     if SHIFTED:
-        torn = _torn(window, plan, WINDOW, 0) | _torn(window, plan, WINDOW, 1)
+        torn = _torn(window, plan, 0) | _torn(window, plan, 1)
     if torn:
         of_rows = _region(rows, window, plan, WINDOW)
         of_columns = _region(columns, window, plan, WINDOW)
@@ -532,8 +531,7 @@ class _Call(Call):
         self.tokens_per_window = self.window[0] * self.window[1]
         counts = tuple(size // extent for size, extent in zip(self.size, self.window, strict=True))
         self.windows = self.batch * counts[0] * counts[1]
-        self.grid = partition == "grid"
-        step, spacing = ((1, 1), counts) if self.grid else (self.window, (1, 1))
+        step, spacing = ((1, 1), counts) if partition == "grid" else (self.window, (1, 1))
         shifts = zip(per_axis("shift", shift, 2), counts, strict=True)
         shifts = tuple(offset if count > 1 else 0 for offset, count in shifts)
         self.arguments.update(
@@ -547,8 +545,7 @@ class _Call(Call):
     def whole(self, name: str) -> Optional[dict[str, Any]]:
         """How to start the kernel for windows that fit into one block, None where these do not."""
         parameters = self.parameters(name)
-        # a shift tears windows of a grid in more ways than there are tiles of bias
-        if self.tokens_per_window > parameters.block or (self.grid and self.arguments["SHIFTED"]):
+        if self.tokens_per_window > parameters.block:
             return None
         pack = 1 if self.arguments["SHIFTED"] else parameters.block // self.tokens_per_window
         block = max(16, triton.next_power_of_2(pack * self.tokens_per_window))
@@ -595,11 +592,16 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, logsumexp: Tensor, needs_gradient: Sequence[bool], *arguments
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    needs_gradient: Sequence[bool],
+    *arguments,
+    into: Optional[Sequence[Tensor]] = None,
 ) -> list[Tensor]:
-    """Gradients of query, key, value and the bias table, those that are needed."""
+    """Gradients of query, key, value and the bias table, those that are needed; the first three `into` tensors."""
     call = _Call(*arguments)
-    gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
+    gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient, into)
     whole = call.whole("backward_whole")
     of_table = _backward_whole(call, whole, needs_gradient) if whole else _backward_parts(call, needs_gradient)
     return [gradient for gradient in (*gradients, of_table) if gradient is not None]

@@ -21,8 +21,10 @@ from vicinal.kernels import (
     gated_positional_attention,
     halo_attention,
     neighborhood_attention,
+    neighborhood_attention_packed,
     routed_attention,
     window_attention,
+    window_attention_packed,
 )
 
 
@@ -63,6 +65,21 @@ class Call:
     def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
         """needs_gradient of the backward operator."""
         return [query, key, value, bias]
+
+
+@dataclass(frozen=True)
+class PackedCall(Call):
+    """Query, key and value in one tensor."""
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        packed = torch.stack([query, key, value], -3)
+        return self.function(packed, relative_position_bias=bias, **self.options)
+
+    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
+        return (torch.stack([query, key, value], -3), *self.operands, bias, None)
+
+    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
+        return [query or key or value, bias]
 
 
 @dataclass(frozen=True)
@@ -161,6 +178,20 @@ CALLS = {
     ),
     "neighborhood": Call(
         neighborhood_attention,
+        {"kernel_size": 3, "dilation": (2, 1)},
+        ([3], [1], [2, 1], [False]),
+        (5, 5),
+        keys=9,
+    ),
+    "packed window": PackedCall(
+        window_attention_packed,
+        {"window_size": 4, "shift": (1, 2)},
+        ([4, 4], "block", [1, 2]),
+        (7, 7),
+        keys=16,
+    ),
+    "packed neighborhood": PackedCall(
+        neighborhood_attention_packed,
         {"kernel_size": 3, "dilation": (2, 1)},
         ([3], [1], [2, 1], [False]),
         (5, 5),
@@ -400,9 +431,12 @@ def test_empty_batch(call: Call, backend_name: str) -> None:
 
 
 def test_outputs_are_contiguous(call: Call) -> None:
-    tensors = [tensor.requires_grad_() for tensor in call.inputs(layout="permuted")]
-    output = call.run(*tensors)
-    assert all(tensor.is_contiguous() for tensor in (output, *torch.autograd.grad(output.sum(), tensors)))
+    arguments = call.arguments(*call.inputs(layout="permuted"))
+    output, logsumexp = call.operator(*arguments)
+    flags = call.flags(True, True, True, True)
+    gradients = call.backward_operator(torch.ones_like(output), output, logsumexp, flags, *arguments)
+    assert len(gradients) == sum(flags)
+    assert all(tensor.is_contiguous() for tensor in (output, logsumexp, *gradients))
 
 
 def test_inference_mode_and_frozen_inputs(call: Call) -> None:

@@ -121,7 +121,7 @@ def test_attention_maps_lie_on_the_map(form: type[RoutedAttention]):
     """The weights of a query, on all tokens of the map, weigh the values as the operator does."""
     attention = double(form(8, 2, grid=3, topk=4))
     x = tokens(2, 6, 9, 8)
-    query, key, value = attention.project(x)
+    query, key, value = attention.project(x).unbind(3)
     weights = attention.attention_weights(x)
     assert weights.shape == (2, 6, 9, 2, 54)
     assert ((weights > 0).sum(-1) == 4 * 6).all()
@@ -131,7 +131,7 @@ def test_attention_maps_lie_on_the_map(form: type[RoutedAttention]):
 
 def test_padding_has_the_rest_of_the_attention():
     attention = double(RoutedAttention(8, 2, grid=3, topk=9))
-    weights = attention.weights(*attention.project(attention.pad(tokens(1, 7, 9, 8)))[:2])
+    weights = attention.weights(*attention.project(attention.pad(tokens(1, 7, 9, 8))).unbind(3)[:2])
     assert weights.shape == (1, 9, 9, 2, 81)
     refactored = double(ProjectedRoutedAttention(8, 2, grid=3, topk=4))
     sums = refactored.attention_weights(tokens(1, 7, 9, 8)).sum(-1)  # regions of 2 x 3, one row of padding

@@ -13,7 +13,7 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import neighborhood_attention, window_attention
+from ...kernels import neighborhood_attention_packed, window_attention_packed
 from ...kernels.neighborhood import aggregate as neighborhood_aggregate
 from ...kernels.neighborhood import neighborhood_attention_weights
 from ...kernels.window import aggregate as window_aggregate
@@ -60,19 +60,19 @@ class LocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padded = self.pad(x)
-        query, key, value = self.project(padded)
+        packed = self.project(padded)
         dropping = self.training and self.attn_drop.p > 0.0
         if (self.fused_attn or torch.jit.is_scripting()) and not dropping:
-            attended = self.attend(query, key, value)
+            attended = self.attend_packed(packed)
         else:
+            query, key, value = packed.unbind(3)
             attended = self.attend_by_weights(query, key, value)
-        attended = self.enhance(attended.flatten(3), padded, value)
+        attended = self.enhance(attended.flatten(3), padded, packed.select(3, 2))
         return self.proj_drop(self.proj(crop(attended, x.shape[1], x.shape[2])))
 
-    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, W, heads, head_dim), as views of the packed projection."""
-        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).unbind(3)
-        return query, key, value
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values in one, (B, H, W, 3, heads, head_dim)."""
+        return self.qkv(x).unflatten(-1, [3, self.num_heads, -1])
 
     @torch.jit.unused
     def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -82,15 +82,20 @@ class LocalAttention(nn.Module):
     @torch.jit.ignore
     def attention_weights(self, x: Tensor) -> Tensor:
         """Softmax weights (B, H, W, heads, keys) of the queries of a map (B, H, W, dim), padding cropped."""
-        query, key, _ = self.project(self.pad(x))
+        query, key, _ = self.project(self.pad(x)).unbind(3)
         return crop(self.weights(query, key), x.shape[1], x.shape[2])
 
     def pad(self, x: Tensor) -> Tensor:
         """Bring a map to a size that the attention takes."""
         raise NotImplementedError
 
+    def attend_packed(self, packed: Tensor) -> Tensor:
+        """Attention output (B, H, W, heads, head_dim) of what ``project`` returns."""
+        query, key, value = packed.unbind(3)
+        return self.attend(query, key, value)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention output, of the shape of ``query``."""
+        """Attention output, of the shape of ``query``; not needed where ``attend_packed`` is."""
         raise NotImplementedError
 
     def enhance(self, attended: Tensor, x: Tensor, value: Tensor) -> Tensor:
@@ -149,14 +154,14 @@ class NeighborhoodAttention(LocalAttention):
     def pad(self, x: Tensor) -> Tensor:
         return pad_to_minimum(x, self.minimum)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_packed(self, packed: Tensor) -> Tensor:
         bias = self.relative_position_bias
         if torch.jit.is_scripting():
-            return torch.ops.vicinal.neighborhood_attention(
-                query, key, value, self.kernel_size, [1], self.dilation, [False], bias, None
+            return torch.ops.vicinal.neighborhood_attention_packed(
+                packed, self.kernel_size, [1], self.dilation, [False], bias, None
             )[0]
-        return neighborhood_attention(
-            query, key, value, self.kernel_size, dilation=self.dilation, relative_position_bias=bias
+        return neighborhood_attention_packed(
+            packed, self.kernel_size, dilation=self.dilation, relative_position_bias=bias
         )
 
     @torch.jit.unused
@@ -284,15 +289,13 @@ class WindowAttention(LocalAttention):
     def pad(self, x: Tensor) -> Tensor:
         return pad_to_multiple(x, self.window_size)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_packed(self, packed: Tensor) -> Tensor:
         bias = self.relative_position_bias
         if torch.jit.is_scripting():
-            return torch.ops.vicinal.window_attention(
-                query, key, value, self.window_size, self.partition, [0], bias, None
-            )[0]
-        return window_attention(
-            query, key, value, self.window_size, partition=self.partition, relative_position_bias=bias
-        )
+            return torch.ops.vicinal.window_attention_packed(packed, self.window_size, self.partition, [0], bias, None)[
+                0
+            ]
+        return window_attention_packed(packed, self.window_size, partition=self.partition, relative_position_bias=bias)
 
     @torch.jit.unused
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
