@@ -331,5 +331,6 @@ class Call:
 
     def submit(self, kernel: Any, programs: int, parameters: Parameters, **arguments: Any) -> None:
         """Start a kernel; of the arguments that all kernels share it gets those that it takes."""
-        shared = {name: value for name, value in self.arguments.items() if name in kernel.arg_names}
+        wanted = set(kernel.arg_names) - set(arguments)
+        shared = {name: value for name, value in self.arguments.items() if name in wanted}
         submit(kernel, programs, parameters, **shared, BLOCK=parameters.block, **arguments)

@@ -45,6 +45,14 @@ def _unravel(index, rectangle):
 
 
 @triton.jit
+def _cell(slot, WINDOW: tl.constexpr, WIDTH: tl.constexpr):
+    """Row and column of slots in their window, whose rows take WIDTH slots, and which slots hold a token."""
+    slot = slot % (WINDOW[0] * WIDTH)
+    column = slot % WIDTH
+    return slot // WIDTH, column, column < WINDOW[1]
+
+
+@triton.jit
 def _members(window, block, slot, rectangle, WINDOW: tl.constexpr, PACK: tl.constexpr):
     """The window of each slot where a block has several windows, else the one that is given."""
     if PACK > 1:
@@ -53,32 +61,33 @@ def _members(window, block, slot, rectangle, WINDOW: tl.constexpr, PACK: tl.cons
 
 
 @triton.jit
-def _place(slot, window, plan, WINDOW: tl.constexpr):
-    """Row and column of the slots of windows, before the shift."""
+def _place(slot, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr):
+    """Row and column of the slots of windows in the map, before the shift."""
     _, _, _, step, spacing, _ = plan
-    token = slot % (WINDOW[0] * WINDOW[1])
-    y = window[1] * step[0] + token // WINDOW[1] * spacing[0]
-    return y, window[2] * step[1] + token % WINDOW[1] * spacing[1]
+    row, column, _ = _cell(slot, WINDOW, WIDTH)
+    return window[1] * step[0] + row * spacing[0], window[2] * step[1] + column * spacing[1]
 
 
 @triton.jit
-def _locate(slot, window, plan, WINDOW: tl.constexpr, PACK: tl.constexpr, SHIFTED: tl.constexpr):
+def _locate(slot, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr, SHIFTED: tl.constexpr):
     """Positions (image, row, column) in the map of the slots of a block of windows, and which have a token."""
-    y, x = _place(slot, window, plan, WINDOW)
+    y, x = _place(slot, window, plan, WINDOW, WIDTH)
     if SHIFTED:
         size, shift = plan[2], plan[5]
         y = tl.where(y >= size[0] - shift[0], y - size[0], y) + shift[0]
         x = tl.where(x >= size[1] - shift[1], x - size[1], x) + shift[1]
-    valid = slot < PACK * WINDOW[0] * WINDOW[1]
+    valid = slot < PACK * WINDOW[0] * WIDTH
+    if WINDOW[1] < WIDTH:
+        valid = valid & _cell(slot, WINDOW, WIDTH)[2]
     if PACK > 1:
         valid = valid & (window[0] < plan[0])
     return (window[0], y, x), valid
 
 
 @triton.jit
-def _region(slot, window, plan, WINDOW: tl.constexpr):
+def _region(slot, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr):
     """The part of a torn window that a slot lies in: tokens of two parts do not see each other."""
-    y, x = _place(slot, window, plan, WINDOW)
+    y, x = _place(slot, window, plan, WINDOW, WIDTH)
     size, shift = plan[2], plan[5]
     return (y >= size[0] - shift[0]).to(tl.int32) * 2 + (x >= size[1] - shift[1]).to(tl.int32)
 
@@ -91,41 +100,39 @@ def _torn(window, plan, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _tear(scores, rows, columns, window, plan, WINDOW: tl.constexpr, SHIFTED: tl.constexpr):
+def _tear(scores, rows, columns, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr):
     """Scores with -inf where the shift has torn two tokens of a window apart."""
     torn = False
     if SHIFTED:
         torn = _torn(window, plan, 0) | _torn(window, plan, 1)
     if torn:
-        of_rows = _region(rows, window, plan, WINDOW)
-        of_columns = _region(columns, window, plan, WINDOW)
+        of_rows = _region(rows, window, plan, WINDOW, WIDTH)
+        of_columns = _region(columns, window, plan, WINDOW, WIDTH)
         scores = tl.where(of_rows[:, None] == of_columns[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def _bias(table, head, query, key, WINDOW: tl.constexpr, PACK: tl.constexpr):
+def _bias(table, head, query, key, WINDOW: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr):
     """What is added to scores in base 2, for slots of queries and keys that come with the other's axis put in.
 
     Entries of the table, and -inf where the slots belong to two windows of the block or the key's has no token. Queries
-    without a token see all keys instead: what they compute stays finite, and nobody reads it.
+    without a token see some keys: what they compute stays finite, and nobody reads it.
     """
-    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    SLOTS: tl.constexpr = WINDOW[0] * WIDTH
     ROW: tl.constexpr = 2 * WINDOW[1] - 1
-    visible = (key < PACK * TOKENS) & (query // TOKENS == key // TOKENS)
+    key_row, key_column, visible = _cell(key, WINDOW, WIDTH)
+    row, column, asked = _cell(query, WINDOW, WIDTH)
+    visible = visible & (key < PACK * SLOTS)
+    if PACK > 1:
+        visible = visible & ((query // SLOTS == key // SLOTS) | (query >= PACK * SLOTS))
     bias = 0.0
     if table is not None:
-        entry = _entry(key, WINDOW) - _entry(query, WINDOW) + (WINDOW[0] - 1) * ROW + WINDOW[1] - 1
+        entry = key_row * ROW + key_column - (row * ROW + column) + (WINDOW[0] - 1) * ROW + WINDOW[1] - 1
         start = table + head * ((2 * WINDOW[0] - 1) * ROW)
-        bias = tl.load(start + entry, mask=visible & (query < PACK * TOKENS), other=0.0).to(tl.float32) * LOG2_E
-    return tl.where(visible | (query >= PACK * TOKENS), bias, float("-inf"))
-
-
-@triton.jit
-def _entry(slot, WINDOW: tl.constexpr):
-    """Entries of the table are differences of these."""
-    token = slot % (WINDOW[0] * WINDOW[1])
-    return token // WINDOW[1] * (2 * WINDOW[1] - 1) + token % WINDOW[1]
+        taken = visible & asked & (query < PACK * SLOTS)
+        bias = tl.load(start + entry, mask=taken, other=0.0).to(tl.float32) * LOG2_E
+    return tl.where(visible, bias, float("-inf"))
 
 
 @triton.jit
@@ -153,11 +160,11 @@ def bias_kernel(
     TEARS: tl.constexpr = 4 if SHIFTED else 1
     head, tear = tl.program_id(0) // TEARS, tl.program_id(0) % TEARS
     slot = tl.arange(0, BLOCK)
-    bias = _bias(table, head, slot[:, None], slot[None, :], WINDOW, PACK)
+    bias = _bias(table, head, slot[:, None], slot[None, :], WINDOW, WINDOW[1], PACK)
     if SHIFTED:
         counts = plan[1]
         window = (0, tear // 2 * (counts[0] - 1), tear % 2 * (counts[1] - 1))
-        bias = _tear(bias, slot, slot, window, plan, WINDOW, SHIFTED)
+        bias = _tear(bias, slot, slot, window, plan, WINDOW, WINDOW[1], SHIFTED)
     tl.store(tiles + tl.program_id(0) * BLOCK * BLOCK + slot[:, None] * BLOCK + slot[None, :], bias)
 
 
@@ -235,7 +242,7 @@ def forward_whole_kernel(
     following = _unravel(first, rectangle)
     for block in range(first, stop):
         window = _members(following, block, slot, rectangle, WINDOW, PACK)
-        position, valid = _locate(slot, window, plan, WINDOW, PACK, SHIFTED)
+        position, valid = _locate(slot, window, plan, WINDOW, WINDOW[1], PACK, SHIFTED)
         queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, position, head, valid, HEAD_DIM, CHANNELS)
         scores = _scores(queries, keys, bias, scale, PRECISION)
@@ -282,7 +289,7 @@ def backward_whole_kernel(
     following = _unravel(first, rectangle)
     for block in range(first, stop):
         window = _members(following, block, slot, rectangle, WINDOW, PACK)
-        position, valid = _locate(slot, window, plan, WINDOW, PACK, SHIFTED)
+        position, valid = _locate(slot, window, plan, WINDOW, WINDOW[1], PACK, SHIFTED)
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, position, head, valid, HEAD_DIM, CHANNELS)
         scores = _scores(queries, keys, bias, scale, PRECISION)
@@ -323,6 +330,7 @@ def forward_kernel(
     heads,
     scale,
     WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
     SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -330,27 +338,27 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: the queries of one part of a window, for one head."""
-    SLOTS: tl.constexpr = WINDOW[0] * WINDOW[1]
-    head, window, slot = _part(heads, plan, WINDOW, BLOCK)
-    position, valid = _locate(slot, window, plan, WINDOW, 1, SHIFTED)
+    SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    head, window, slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
+    position, valid = _locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     state = start_softmax(BLOCK, CHANNELS)
     for start in range(0, SLOTS, BLOCK):
         key_slot = start + tl.arange(0, BLOCK)
-        key_position, key_valid = _locate(key_slot, window, plan, WINDOW, 1, SHIFTED)
+        key_position, key_valid = _locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
         keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
         scores = _scores(
-            queries, keys, _bias(table, head, slot[:, None], key_slot[None, :], WINDOW, 1), scale, PRECISION
+            queries, keys, _bias(table, head, slot[:, None], key_slot[None, :], WINDOW, WIDTH, 1), scale, PRECISION
         )
-        scores = _tear(scores, slot, key_slot, window, plan, WINDOW, SHIFTED)
+        scores = _tear(scores, slot, key_slot, window, plan, WINDOW, WIDTH, SHIFTED)
         state = accumulate(state, scores, values, PRECISION)
     store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
-def _part(heads, plan, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+def _part(heads, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """What a program owns: head, window and the slots of a part of it."""
-    PARTS: tl.constexpr = (WINDOW[0] * WINDOW[1] + BLOCK - 1) // BLOCK
+    PARTS: tl.constexpr = (WINDOW[0] * WIDTH + BLOCK - 1) // BLOCK
     part = tl.program_id(0) // heads % PARTS
     window = _unravel(tl.program_id(0) // (heads * PARTS), (0, 0, plan[1][0], plan[1][1]))
     return tl.program_id(0) % heads, window, part * BLOCK + tl.arange(0, BLOCK)
@@ -371,6 +379,7 @@ def backward_query_kernel(
     heads,
     scale,
     WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
     SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -378,9 +387,9 @@ def backward_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: the gradient of one part of the queries of a window, and delta, the sum of output times gradient."""
-    SLOTS: tl.constexpr = WINDOW[0] * WINDOW[1]
-    head, window, slot = _part(heads, plan, WINDOW, BLOCK)
-    position, valid = _locate(slot, window, plan, WINDOW, 1, SHIFTED)
+    SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    head, window, slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
+    position, valid = _locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
     grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
     deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_query is not None:
@@ -389,11 +398,11 @@ def backward_query_kernel(
         sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
         for start in range(0, SLOTS, BLOCK):
             key_slot = start + tl.arange(0, BLOCK)
-            key_position, key_valid = _locate(key_slot, window, plan, WINDOW, 1, SHIFTED)
+            key_position, key_valid = _locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
             keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
-            bias = _bias(table, head, slot[:, None], key_slot[None, :], WINDOW, 1)
+            bias = _bias(table, head, slot[:, None], key_slot[None, :], WINDOW, WIDTH, 1)
             scores = _scores(queries, keys, bias, scale, PRECISION)
-            scores = _tear(scores, slot, key_slot, window, plan, WINDOW, SHIFTED)
+            scores = _tear(scores, slot, key_slot, window, plan, WINDOW, WIDTH, SHIFTED)
             _, of_scores = gradient_of_weights(scores, grads, values, statistics, PRECISION)
             sums += multiply(of_scores, keys, PRECISION)
         store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
@@ -414,6 +423,7 @@ def backward_key_kernel(
     heads,
     scale,
     WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
     SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -421,20 +431,20 @@ def backward_key_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: the gradients of one part of the keys and values of a window. Scores have keys as rows."""
-    SLOTS: tl.constexpr = WINDOW[0] * WINDOW[1]
-    head, window, key_slot = _part(heads, plan, WINDOW, BLOCK)
-    key_position, key_valid = _locate(key_slot, window, plan, WINDOW, 1, SHIFTED)
+    SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    head, window, key_slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
+    key_position, key_valid = _locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
     keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
     of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
     of_values = tl.zeros([BLOCK, CHANNELS], tl.float32)
     for start in range(0, SLOTS, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        position, valid = _locate(slot, window, plan, WINDOW, 1, SHIFTED)
+        position, valid = _locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
         of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
-        bias = _bias(table, head, slot[None, :], key_slot[:, None], WINDOW, 1)
+        bias = _bias(table, head, slot[None, :], key_slot[:, None], WINDOW, WIDTH, 1)
         scores = _scores(keys, queries, bias, scale, PRECISION)
-        scores = _tear(scores, key_slot, slot, window, plan, WINDOW, SHIFTED)
+        scores = _tear(scores, key_slot, slot, window, plan, WINDOW, WIDTH, SHIFTED)
         weights, of_scores = gradient_of_weights(scores, values, grads, (of_rows[None, :], deltas[None, :]), PRECISION)
         if grad_key is not None:
             of_keys += multiply(of_scores, queries, PRECISION)
@@ -461,6 +471,7 @@ def backward_bias_kernel(
     heads,
     scale,
     WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
     SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -468,24 +479,24 @@ def backward_bias_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: the gradient of the scores of a part of queries with a part of keys, summed over some windows."""
-    PARTS: tl.constexpr = (WINDOW[0] * WINDOW[1] + BLOCK - 1) // BLOCK
+    PARTS: tl.constexpr = (WINDOW[0] * WIDTH + BLOCK - 1) // BLOCK
     head = tl.program_id(0) % heads
     parts = tl.program_id(0) // heads % (PARTS * PARTS)
     chunk = tl.program_id(0) // (heads * PARTS * PARTS)
     slot = parts // PARTS * BLOCK + tl.arange(0, BLOCK)
     key_slot = parts % PARTS * BLOCK + tl.arange(0, BLOCK)
-    bias = _bias(table, head, slot[:, None], key_slot[None, :], WINDOW, 1)
+    bias = _bias(table, head, slot[:, None], key_slot[None, :], WINDOW, WIDTH, 1)
     sums = tl.zeros([BLOCK, BLOCK], tl.float32)
     first = chunk * windows_per_program
     for index in range(first, tl.minimum(first + windows_per_program, plan[0] * plan[1][0] * plan[1][1])):
         window = _unravel(index, (0, 0, plan[1][0], plan[1][1]))
-        position, valid = _locate(slot, window, plan, WINDOW, 1, SHIFTED)
-        key_position, key_valid = _locate(key_slot, window, plan, WINDOW, 1, SHIFTED)
+        position, valid = _locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+        key_position, key_valid = _locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
         of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
         scores = _scores(queries, keys, bias, scale, PRECISION)
-        scores = _tear(scores, slot, key_slot, window, plan, WINDOW, SHIFTED)
+        scores = _tear(scores, slot, key_slot, window, plan, WINDOW, WIDTH, SHIFTED)
         sums += gradient_of_weights(scores, grads, values, (of_rows[:, None], deltas[:, None]), PRECISION)[1]
     pair = (chunk * heads + head).to(tl.int64) * (PARTS * BLOCK) + slot[:, None]
     tl.store(partial + pair * (PARTS * BLOCK) + key_slot[None, :], sums)
@@ -493,7 +504,14 @@ def backward_bias_kernel(
 
 @triton.jit
 def sum_by_offset_kernel(
-    query, of_pairs, grad_table, WINDOW: tl.constexpr, PACK: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr
+    query,
+    of_pairs,
+    grad_table,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACK: tl.constexpr,
+    EXTENT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program: one entry of the gradient of the table, from the gradients of the scores of all pairs of slots.
 
@@ -505,10 +523,10 @@ def sum_by_offset_kernel(
     head, entry = tl.program_id(0) // ENTRIES, tl.program_id(0) % ENTRIES
     down, across = entry // ROW - WINDOW[0] + 1, entry % ROW - WINDOW[1] + 1
     slot = tl.arange(0, BLOCK)
-    token = slot % (WINDOW[0] * WINDOW[1])
-    y, x = token // WINDOW[1] + down, token % WINDOW[1] + across
-    seen = (slot < PACK * WINDOW[0] * WINDOW[1]) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
-    pairs = of_pairs + (head * EXTENT + slot) * EXTENT + slot + down * WINDOW[1] + across
+    row, column, valid = _cell(slot, WINDOW, WIDTH)
+    y, x = row + down, column + across
+    seen = valid & (slot < PACK * WINDOW[0] * WIDTH) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
+    pairs = of_pairs + (head * EXTENT + slot) * EXTENT + slot + down * WIDTH + across
     tl.store(grad_table + tl.program_id(0), tl.sum(tl.load(pairs, mask=seen, other=0.0), 0))
 
 
@@ -529,6 +547,8 @@ class _Call(Call):
         super().__init__("window", query, key, value, scale)
         self.window = per_axis("window_size", window_size, 2)
         self.tokens_per_window = self.window[0] * self.window[1]
+        width = triton.next_power_of_2(self.window[1])  # which makes divisions shifts
+        self.slots = self.window[0] * width
         counts = tuple(size // extent for size, extent in zip(self.size, self.window, strict=True))
         self.windows = self.batch * counts[0] * counts[1]
         step, spacing = ((1, 1), counts) if partition == "grid" else (self.window, (1, 1))
@@ -540,6 +560,7 @@ class _Call(Call):
             SHIFTED=any(shifts),
             PER_HEAD=relative_position_bias is not None,
             WINDOW=self.window,
+            WIDTH=width,
         )
 
     def whole(self, name: str) -> Optional[dict[str, Any]]:
@@ -571,7 +592,7 @@ class _Call(Call):
 
     def parts(self, parameters: Parameters) -> int:
         """Programs for all parts of all windows."""
-        return self.windows * self.heads * triton.cdiv(self.tokens_per_window, parameters.block)
+        return self.windows * self.heads * triton.cdiv(self.slots, parameters.block)
 
 
 def refuse(query: Tensor, *_) -> Optional[str]:
@@ -613,7 +634,7 @@ def _backward_whole(call: _Call, whole: dict[str, Any], needs_gradient: Sequence
     shape = (groups, call.heads, block, block)
     partial = call.query.new_empty(shape, dtype=torch.float32) if needs_gradient[3] else None
     call.submit(backward_whole_kernel, partial=partial, **whole)
-    return None if partial is None else _sum_by_offset(call, partial.sum(0), whole["PACK"])
+    return None if partial is None else _sum_by_offset(call, partial.sum(0), call.window[1], whole["PACK"])
 
 
 def _backward_parts(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Tensor]:
@@ -630,17 +651,17 @@ def _backward_parts(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Ten
 
 def _backward_bias(call: _Call) -> Tensor:
     parameters = call.parameters("backward_bias")
-    parts = triton.cdiv(call.tokens_per_window, parameters.block)
+    parts = triton.cdiv(call.slots, parameters.block)
     share = max(1, call.windows * call.heads * parts**2 // PROGRAMS["backward_bias"])
     chunks = triton.cdiv(call.windows, share)
     shape = (chunks, call.heads, parts * parameters.block, parts * parameters.block)
     partial = call.query.new_empty(shape, dtype=torch.float32)
     programs = chunks * parts**2 * call.heads
     call.submit(backward_bias_kernel, programs, parameters, partial=partial, windows_per_program=share)
-    return _sum_by_offset(call, partial.sum(0), 1)
+    return _sum_by_offset(call, partial.sum(0), call.arguments["WIDTH"], 1)
 
 
-def _sum_by_offset(call: _Call, of_pairs: Tensor, pack: int) -> Tensor:
+def _sum_by_offset(call: _Call, of_pairs: Tensor, width: int, pack: int) -> Tensor:
     """Gradient of the table from that of the scores of all pairs of slots of a block, (heads, slots, slots)."""
     of_table = call.query.new_empty(call.arguments["table"].shape, dtype=torch.float32)
     extent = of_pairs.shape[-1]
@@ -651,6 +672,7 @@ def _sum_by_offset(call: _Call, of_pairs: Tensor, pack: int) -> Tensor:
         parameters,
         of_pairs=of_pairs,
         grad_table=of_table,
+        WIDTH=width,
         PACK=pack,
         EXTENT=extent,
     )
