@@ -15,8 +15,8 @@ from vicinal.eval.kernel_table import (
 )
 from vicinal.kernels import launch
 
-LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}, "aggregated_attention": {"backward_key"}}
-"""Kernels without matrix products: they sum offset by offset."""
+LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}, "routed_attention": {"invert"}}
+"""Kernels without matrix products: they sum offset by offset, or turn lists round."""
 
 
 @pytest.fixture(autouse=True)
