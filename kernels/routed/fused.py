@@ -2,8 +2,8 @@
 
 A program owns queries of one region, or keys of one region, for one head. It goes through the keys of all its routes as
 one list, so that small regions share a block. The gradients of keys need the queries that were routed to them: the
-routes are sorted by region once, and each program reads its own section of that list. So every gradient is a sum in a
-fixed order, without atomics.
+routes are turned round once, and each program reads its own section of that list. So every gradient is a sum in a fixed
+order, without atomics.
 
 Where a route names no region, its keys are left out: no memory outside the tensors is read.
 """
@@ -15,40 +15,87 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import Parameters
 from ..triton_common import (
     LARGEST_HEAD_DIM,
+    LOG2_E,
     Call,
-    attend,
-    gradient_of_pairs,
     load_logsumexp,
     load_map,
     load_statistics,
     multiply,
     refuse_tensors,
+    softmax_step,
     start_softmax,
     store_attention,
     store_map,
     token_pointers,
 )
 
+ROUTES_OF_PROGRAM = 1024
+"""That a program looks through at a time to find who is routed to its region."""
+
 
 @triton.jit
-def _program(heads, size, BLOCK: tl.constexpr):
+def _program(heads, regions, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """What a program owns: a head, and tokens of a region of an image as positions and whether there is a token."""
-    regions, tokens = size
-    parts = tl.cdiv(tokens, BLOCK)
+    parts: tl.constexpr = tl.cdiv(TOKENS, BLOCK)
     index = tl.program_id(0) // heads
     token = index % parts * BLOCK + tl.arange(0, BLOCK)
     region = index // parts
-    return tl.program_id(0) % heads, (region // regions, region % regions, token), token < tokens
+    return tl.program_id(0) % heads, (region // regions, region % regions, token), token < TOKENS
 
 
 @triton.jit
-def _listed(regions_of_list, first, count, slot, image, size):
-    """Tokens behind the slots of a list of regions, as positions and whether there is a token."""
-    regions, tokens = size
-    region = tl.load(regions_of_list + first + slot // tokens, mask=slot < count * tokens, other=-1)
-    return (image, region, slot % tokens), (region >= 0) & (region < regions)
+def _listed(regions_of_list, count, start, image, regions, TOKENS: tl.constexpr, STEP: tl.constexpr):
+    """Tokens of a list of regions from a slot on, as positions and whether there is a token."""
+    slot = start + tl.arange(0, STEP)
+    if TOKENS % STEP == 0:
+        region = tl.zeros([STEP], tl.int32) + tl.load(regions_of_list + start // TOKENS)
+    else:
+        region = tl.load(regions_of_list + slot // TOKENS, mask=slot < count * TOKENS, other=-1)
+    seen = (region >= 0) & (region < regions)
+    return (image, tl.where(seen, region, 0).to(tl.int32), slot % TOKENS), seen
+
+
+@triton.jit
+def _load_keys(
+    key,
+    value,
+    routes,
+    start,
+    image,
+    regions,
+    head,
+    TOKENS: tl.constexpr,
+    TOPK: tl.constexpr,
+    STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+):
+    """Keys and values that routes lead to, from a slot of their list on, and what masks those that are none."""
+    position, seen = _listed(routes, TOPK, start, image, regions, TOKENS, STEP)
+    keys = load_map(key, position, head, seen, HEAD_DIM, CHANNELS)
+    values = load_map(value, position, head, seen, VALUE_DIM, VALUE_CHANNELS)
+    return keys, values, tl.where(seen, 0.0, float("-inf"))[None, :]
+
+
+@triton.jit
+def _attend(state, queries, keys, values, mask, scale, PRECISION: tl.constexpr):
+    """The online softmax with one more block of keys."""
+    largest, total, sums = state
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + mask
+    weights, largest, total, decay = softmax_step(scores, largest, total)
+    return largest, total, sums * decay[:, None] + multiply(weights, values, PRECISION)
+
+
+@triton.jit
+def _weigh(queries, keys, grads, values, offset, scale, PRECISION: tl.constexpr):
+    """Softmax weights of pairs, and their gradients. The offset of the scores is -inf for pairs that are none."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + offset
+    return tl.exp2(scores), multiply(grads, tl.trans(values), PRECISION)
 
 
 @triton.jit
@@ -59,10 +106,11 @@ def forward_kernel(
     routes,
     output,
     logsumexp,
-    size,
-    topk,
+    regions,
     heads,
     scale,
+    TOKENS: tl.constexpr,
+    TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -71,15 +119,29 @@ def forward_kernel(
     VALUE_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, position, valid = _program(heads, size, BLOCK)
+    head, position, valid = _program(heads, regions, TOKENS, BLOCK)
+    image, region, _ = position
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-    first = (position[0].to(tl.int64) * size[0] + position[1]) * topk
+    routes += (image.to(tl.int64) * regions + region) * TOPK
     state = start_softmax(BLOCK, VALUE_CHANNELS)
-    for start in range(0, topk * size[1], STEP):
-        key_position, seen = _listed(routes, first, topk, start + tl.arange(0, STEP), position[0], size)
-        keys = load_map(key, key_position, head, seen, HEAD_DIM, CHANNELS)
-        values = load_map(value, key_position, head, seen, VALUE_DIM, VALUE_CHANNELS)
-        state = attend(state, queries, keys, values, seen[None, :], 0.0, scale, PRECISION)
+    for start in range(0, TOPK * TOKENS, STEP):
+        keys, values, mask = _load_keys(
+            key,
+            value,
+            routes,
+            start,
+            image,
+            regions,
+            head,
+            TOKENS,
+            TOPK,
+            STEP,
+            HEAD_DIM,
+            CHANNELS,
+            VALUE_DIM,
+            VALUE_CHANNELS,
+        )
+        state = _attend(state, queries, keys, values, mask, scale, PRECISION)
     store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
@@ -93,10 +155,11 @@ def backward_query_kernel(
     logsumexp,
     delta,
     grad_query,
-    size,
-    topk,
+    regions,
     heads,
     scale,
+    TOKENS: tl.constexpr,
+    TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -108,40 +171,119 @@ def backward_query_kernel(
     """The gradient of queries of one region, and delta, the mean of the gradients of their weights.
 
     Delta is also the sum of output times gradient, but the rounding of the output does not cancel against the gradient
-    of a weight near 1, and with few keys such weights are common. So it takes a pass of its own, and is divided by the
-    sum of the weights, which is 1 but for the rounding of the logsumexp.
+    of a weight near 1, and with few keys such weights are common. So it takes a pass of its own where the keys do not
+    fit into one block, and is divided by the sum of the weights, which is 1 but for the rounding of the logsumexp.
     """
-    head, position, valid = _program(heads, size, BLOCK)
+    head, position, valid = _program(heads, regions, TOKENS, BLOCK)
+    image, region, _ = position
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     statistics = load_logsumexp(logsumexp, position, head, valid)[:, None]
-    first = (position[0].to(tl.int64) * size[0] + position[1]) * topk
-    deltas = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, topk * size[1], STEP):
-        key_position, seen = _listed(routes, first, topk, start + tl.arange(0, STEP), position[0], size)
-        keys = load_map(key, key_position, head, seen, HEAD_DIM, CHANNELS)
-        values = load_map(value, key_position, head, seen, VALUE_DIM, VALUE_CHANNELS)
-        visible = valid[:, None] & seen[None, :]
-        weights, products = gradient_of_pairs(
-            queries, keys, grads, values, (statistics, 0.0), visible, 0.0, scale, PRECISION
+    routes += (image.to(tl.int64) * regions + region) * TOPK
+    if TOPK * TOKENS <= STEP:
+        keys, values, mask = _load_keys(
+            key,
+            value,
+            routes,
+            0,
+            image,
+            regions,
+            head,
+            TOKENS,
+            TOPK,
+            STEP,
+            HEAD_DIM,
+            CHANNELS,
+            VALUE_DIM,
+            VALUE_CHANNELS,
         )
-        deltas += tl.sum(products, 1)
-        total += tl.sum(weights, 1)
-    deltas = deltas / tl.where(total > 0, total, 1.0)
+        weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
+        deltas = tl.sum(weights * of_weights, 1)
+        total = tl.sum(weights, 1)
+    else:
+        deltas = tl.zeros([BLOCK], tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, TOPK * TOKENS, STEP):
+            keys, values, mask = _load_keys(
+                key,
+                value,
+                routes,
+                start,
+                image,
+                regions,
+                head,
+                TOKENS,
+                TOPK,
+                STEP,
+                HEAD_DIM,
+                CHANNELS,
+                VALUE_DIM,
+                VALUE_CHANNELS,
+            )
+            weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
+            deltas += tl.sum(weights * of_weights, 1)
+            total += tl.sum(weights, 1)
+    deltas = deltas / total
     tl.store(token_pointers(delta, position, head), deltas, mask=valid)
     if grad_query is not None:
-        sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
-        for start in range(0, topk * size[1], STEP):
-            key_position, seen = _listed(routes, first, topk, start + tl.arange(0, STEP), position[0], size)
-            keys = load_map(key, key_position, head, seen, HEAD_DIM, CHANNELS)
-            values = load_map(value, key_position, head, seen, VALUE_DIM, VALUE_CHANNELS)
-            visible = valid[:, None] & seen[None, :]
-            _, of_scores = gradient_of_pairs(
-                queries, keys, grads, values, (statistics, deltas[:, None]), visible, 0.0, scale, PRECISION
-            )
-            sums += multiply(of_scores, keys, PRECISION)
+        if TOPK * TOKENS <= STEP:
+            sums = multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
+        else:
+            sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
+            for start in range(0, TOPK * TOKENS, STEP):
+                keys, values, mask = _load_keys(
+                    key,
+                    value,
+                    routes,
+                    start,
+                    image,
+                    regions,
+                    head,
+                    TOKENS,
+                    TOPK,
+                    STEP,
+                    HEAD_DIM,
+                    CHANNELS,
+                    VALUE_DIM,
+                    VALUE_CHANNELS,
+                )
+                weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
+                sums += multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
         store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
+
+
+@triton.jit
+def invert_kernel(
+    query, routes, askers, sections, regions, TOPK: tl.constexpr, ROUTES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A region's section of the list of those who are routed to it; one who is routed to it twice is there twice.
+
+    Args:
+        askers: (batch, regions * k): the list, regions of queries.
+        sections: (batch, regions + 1): where the section of a region begins, and the end of the last.
+        ROUTES: k, padded to a power of two.
+    """
+    image = tl.program_id(0) // (regions + 1)
+    region = tl.program_id(0) % (regions + 1)
+    routes += image.to(tl.int64) * regions * TOPK
+    askers += image.to(tl.int64) * regions * TOPK
+    slot = tl.arange(0, ROUTES)[None, :]
+    first = 0
+    for start in range(0, regions, BLOCK):
+        asker = start + tl.arange(0, BLOCK)[:, None]
+        route = tl.load(routes + asker * TOPK + slot, mask=(asker < regions) & (slot < TOPK), other=-1)
+        first += tl.sum(tl.sum(((route >= 0) & (route < region)).to(tl.int32), 1), 0)
+    tl.store(sections + image.to(tl.int64) * (regions + 1) + region, first)
+    if region < regions:
+        for start in range(0, regions, BLOCK):
+            asker = start + tl.arange(0, BLOCK)
+            inside = (asker < regions)[:, None] & (slot < TOPK)
+            route = tl.load(routes + asker[:, None] * TOPK + slot, mask=inside, other=-1)
+            times = tl.sum((route == region).to(tl.int32), 1)
+            place = first + tl.cumsum(times, 0) - times
+            for again in range(0, tl.max(times, 0)):
+                tl.store(askers + place + again, asker, mask=again < times)
+            first += tl.sum(times, 0)
 
 
 @triton.jit
@@ -156,10 +298,11 @@ def backward_key_kernel(
     delta,
     grad_key,
     grad_value,
-    size,
-    topk,
+    regions,
     heads,
     scale,
+    TOKENS: tl.constexpr,
+    TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -169,27 +312,25 @@ def backward_key_kernel(
     PRECISION: tl.constexpr,
 ):
     """The gradients of keys and values of one region. Scores have keys as rows."""
-    head, position, valid = _program(heads, size, BLOCK)
+    head, position, valid = _program(heads, regions, TOKENS, BLOCK)
     image, region, _ = position
     keys = load_map(key, position, head, valid, HEAD_DIM, CHANNELS)
     values = load_map(value, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
     of_values = tl.zeros([BLOCK, VALUE_CHANNELS], tl.float32)
-    section = sections + image.to(tl.int64) * (size[0] + 1) + region
+    section = sections + image.to(tl.int64) * (regions + 1) + region
     first = tl.load(section)
     count = tl.load(section + 1) - first
-    first += image.to(tl.int64) * size[0] * topk
-    for start in range(0, count * size[1], STEP):
-        asking, asked = _listed(askers, first, count, start + tl.arange(0, STEP), image, size)
+    askers += image.to(tl.int64) * regions * TOPK + first
+    for start in range(0, count * TOKENS, STEP):
+        asking, asked = _listed(askers, count, start, image, regions, TOKENS, STEP)
         queries = load_map(query, asking, head, asked, HEAD_DIM, CHANNELS)
         grads = load_map(grad_output, asking, head, asked, VALUE_DIM, VALUE_CHANNELS)
         of_rows, deltas = load_statistics(logsumexp, delta, asking, head, asked)
-        visible = valid[:, None] & asked[None, :]
-        weights, of_scores = gradient_of_pairs(
-            keys, queries, values, grads, (of_rows[None, :], deltas[None, :]), visible, 0.0, scale, PRECISION
-        )
+        offset = tl.where(asked, -of_rows, float("-inf"))[None, :]
+        weights, of_weights = _weigh(keys, queries, values, grads, offset, scale, PRECISION)
         if grad_key is not None:
-            of_keys += multiply(of_scores, queries, PRECISION)
+            of_keys += multiply(weights * (of_weights - deltas[None, :]), queries, PRECISION)
         if grad_value is not None:
             of_values += multiply(weights, grads, PRECISION)
     if grad_key is not None:
@@ -206,9 +347,9 @@ class _Call(Call):
         self.routes = routes.contiguous()
         self.regions, self.tokens_of_region = self.size
         self.topk = routes.shape[2]
-        self.arguments.update(routes=self.routes, size=self.size, topk=self.topk)
+        self.arguments.update(routes=self.routes, regions=self.regions, TOKENS=self.tokens_of_region, TOPK=self.topk)
 
-    def submit(self, kernel, name: str, **arguments) -> None:
+    def submit_regions(self, kernel, name: str, **arguments) -> None:
         """Programs own tokens of regions; in each step they meet tokens of the regions in a list."""
         parameters = self.parameters(name)
         owned, step = (
@@ -216,7 +357,25 @@ class _Call(Call):
             for tokens in (self.tokens_of_region, self.topk * self.tokens_of_region)
         )
         programs = self.batch * self.regions * triton.cdiv(self.tokens_of_region, owned) * self.heads
-        super().submit(kernel, programs, parameters._replace(block=owned), STEP=step, **arguments)
+        warps = _warps(owned, self.arguments["CHANNELS"], self.query.element_size())
+        parameters = parameters._replace(block=owned, warps=min(parameters.warps, warps))
+        self.submit(kernel, programs, parameters, STEP=step, **arguments)
+
+    def invert(self) -> dict[str, Tensor]:
+        """Who is routed to a region, as a list by region, and the section of each region."""
+        askers = self.routes.new_empty((self.batch, self.regions * self.topk), dtype=torch.int32)
+        sections = self.routes.new_empty((self.batch, self.regions + 1), dtype=torch.int32)
+        lists = {"askers": askers, "sections": sections}
+        routes = triton.next_power_of_2(self.topk)
+        block = min(max(1, ROUTES_OF_PROGRAM // routes), triton.next_power_of_2(self.regions))
+        parameters = Parameters(block=block, warps=max(1, block * routes // 1024), stages=1)
+        self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, ROUTES=routes, **lists)
+        return lists
+
+
+def _warps(tokens: int, channels: int, element_size: int) -> int:
+    """One for each 16 tokens, as a tensor core takes them, and more where a thread would sum too many channels."""
+    return max(1, tokens * max(channels, 32) * element_size // 1024)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
@@ -229,7 +388,7 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
     outputs = call.start_forward()
-    call.submit(forward_kernel, "forward")
+    call.submit_regions(forward_kernel, "forward")
     return outputs
 
 
@@ -239,22 +398,7 @@ def backward(
     """Gradients of query, key and value, those that are needed."""
     call = _Call(*arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
-    call.submit(backward_query_kernel, "backward_query")
+    call.submit_regions(backward_query_kernel, "backward_query")
     if needs_gradient[1] or needs_gradient[2]:
-        askers, sections = _invert(call.routes)
-        call.submit(backward_key_kernel, "backward_key", askers=askers, sections=sections)
+        call.submit_regions(backward_key_kernel, "backward_key", **call.invert())
     return [gradient for gradient in gradients if gradient is not None]
-
-
-def _invert(routes: Tensor) -> tuple[Tensor, Tensor]:
-    """Who is routed to a region, as a list by region.
-
-    Returns:
-        askers (batch, regions * k), int32: the region of the queries; sections (batch, regions + 1): where the list has
-        those of a region.
-    """
-    regions, topk = routes.shape[1:]
-    routed, order = routes.flatten(1).sort(dim=1, stable=True)
-    bounds = torch.arange(regions + 1, device=routes.device, dtype=routes.dtype)
-    sections = torch.searchsorted(routed, bounds.expand(len(routes), -1).contiguous(), out_int32=True)
-    return (order // topk).to(torch.int32), sections

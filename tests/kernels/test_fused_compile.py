@@ -17,7 +17,7 @@ from vicinal.kernels import launch
 
 LIGHT_KERNELS = {
     "neighborhood_attention": {"backward_bias"},
-    "aggregated_attention": {"backward_key"},
+    "routed_attention": {"invert"},
     "window_attention": {"bias", "sum_by_offset"},
 }
 """Kernels without matrix products."""
