@@ -107,6 +107,38 @@ def _outer_sum(of_rows, of_columns, QUERIES: tl.constexpr, ROWS: tl.constexpr, C
 
 
 @triton.jit
+def _load_strip(
+    key, value, top, left, head, block, size,
+    SIDES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Row and column in the window of the cells of a strip, and their keys and values."""
+    slot = tl.arange(0, ROWS * COLUMNS)
+    row, column = top + slot // COLUMNS, left + slot % COLUMNS
+    cells, inside = _cells(row, column, block, size, SIDES)
+    keys = load_map(key, cells, head, inside, HEAD_DIM, CHANNELS)
+    return row, column, keys, load_map(value, cells, head, inside, VALUE_DIM, VALUE_CHANNELS)
+
+
+@triton.jit
+def _attend_strip(
+    state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of a softmax with the cells of one more strip."""
+    _, _, keys, values = _load_strip(
+        key, value, top, left, head, block, size,
+        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    )  # fmt: skip
+    rows = top + tl.arange(0, ROWS)
+    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
+    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    return attend(state, queries, keys, values, True, bias, scale, PRECISION)
+
+
+@triton.jit
 def forward_kernel(
     query,
     key,
@@ -124,6 +156,7 @@ def forward_kernel(
     QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -133,23 +166,27 @@ def forward_kernel(
     """One program: one part of the queries of a block, for one head. It goes through its window in strips."""
     SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
     ROWS: tl.constexpr = BLOCK // COLUMNS
+    REST: tl.constexpr = SIDE % ROWS
     size, blocks = plan
     head, part, block = _program(heads, blocks, PARTS)
     position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     state = start_softmax(QUERIES, VALUE_CHANNELS)
-    slot = tl.arange(0, BLOCK)
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
         of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
-        for top in range(0, SIDE, ROWS):
-            cells, inside = _cells(top + slot // COLUMNS, left + slot % COLUMNS, block, size, SIDES)
-            keys = load_map(key, cells, head, inside, HEAD_DIM, CHANNELS)
-            values = load_map(value, cells, head, inside, VALUE_DIM, VALUE_CHANNELS)
-            rows = top + tl.arange(0, ROWS)
-            of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
-            bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
-            state = attend(state, queries, keys, values, True, bias, scale, PRECISION)
+        for top in range(0, SIDE - REST, ROWS):
+            state = _attend_strip(
+                state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+        if REST > 0:
+            state = _attend_strip(
+                state, queries, key, value, height, of_columns, SIDE - REST, left, position, head, valid, block, size,
+                scale, SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
     store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
@@ -161,6 +198,45 @@ def _store_strip(window, values, row, column, SIDES: tl.constexpr, DIM: tl.const
     pointers = window + ((row * side + column) * DIM)[:, None] + channel[None, :]
     mask = ((row < side) & (column < side))[:, None] & (channel < DIM)[None, :]
     tl.store(pointers, values.to(window.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _differentiate_strip(
+    of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+    grad_query, grad_height, grad_width, window_keys, window_values,
+    top, left, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of queries and of the logits of columns with the cells of one more strip; the others are written.
+
+    of_columns lacks the logsumexp.
+    """
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    row, column, keys, values = _load_strip(
+        key, value, top, left, head, block, size,
+        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    )  # fmt: skip
+    rows = top + tl.arange(0, ROWS)
+    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
+    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias)
+    of_scores = weights * (tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    if grad_query is not None:
+        of_queries += multiply(of_scores, keys, PRECISION)
+    if grad_height is not None:
+        sums = tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 2)
+        _add_lines(grad_height, sums, rows, position, head, valid, left > 0, side)
+    if grad_width is not None:
+        of_width += tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 1)
+    if window_keys is not None:
+        of_keys = multiply(tl.trans(of_scores.to(queries.dtype)), queries, PRECISION) * scale
+        _store_strip(window_keys, of_keys, row, column, SIDES, HEAD_DIM, CHANNELS)
+    if window_values is not None:
+        of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
+        _store_strip(window_values, of_values, row, column, SIDES, VALUE_DIM, VALUE_CHANNELS)
+    return of_queries, of_width
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -188,6 +264,7 @@ def backward_query_kernel(
     QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -198,6 +275,7 @@ def backward_query_kernel(
     gradients of the keys and values of the window, which goes to window_keys and window_values."""
     SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
     ROWS: tl.constexpr = BLOCK // COLUMNS
+    REST: tl.constexpr = SIDE % ROWS
     size, blocks = plan
     head, part, block = _program(heads, blocks, PARTS)
     block = (first + block[0], block[1], block[2])
@@ -209,39 +287,30 @@ def backward_query_kernel(
     of_softmax = load_logsumexp(logsumexp, position, head, valid)
     of_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)
     window = tl.program_id(0).to(tl.int64) * (SIDE * SIDE)
-    slot = tl.arange(0, BLOCK)
+    if window_keys is not None:
+        window_keys += window * HEAD_DIM
+    if window_values is not None:
+        window_values += window * VALUE_DIM
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
         of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
-        of_columns -= of_softmax[:, None]
         of_width = tl.zeros([QUERIES, COLUMNS], tl.float32)
-        column = left + slot % COLUMNS
-        for top in range(0, SIDE, ROWS):
-            row = top + slot // COLUMNS
-            cells, inside = _cells(row, column, block, size, SIDES)
-            keys = load_map(key, cells, head, inside, HEAD_DIM, CHANNELS)
-            values = load_map(value, cells, head, inside, VALUE_DIM, VALUE_CHANNELS)
-            rows = top + tl.arange(0, ROWS)
-            of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
-            bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias
-            weights = tl.exp2(scores)
-            of_scores = weights * (tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None])
-            if grad_query is not None:
-                of_queries += multiply(of_scores, keys, PRECISION)
-            if grad_height is not None:
-                sums = tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 2)
-                _add_lines(grad_height, sums, rows, position, head, valid, left > 0, SIDE)
-            if grad_width is not None:
-                of_width += tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 1)
-            if window_keys is not None:
-                of_keys = multiply(tl.trans(of_scores.to(queries.dtype)), queries, PRECISION) * scale
-                _store_strip(window_keys + window * HEAD_DIM, of_keys, row, column, SIDES, HEAD_DIM, CHANNELS)
-            if window_values is not None:
-                of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
-                _store_strip(
-                    window_values + window * VALUE_DIM, of_values, row, column, SIDES, VALUE_DIM, VALUE_CHANNELS
-                )
+        for top in range(0, SIDE - REST, ROWS):
+            of_queries, of_width = _differentiate_strip(
+                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+                grad_query, grad_height, grad_width, window_keys, window_values,
+                top, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+        if REST > 0:
+            of_queries, of_width = _differentiate_strip(
+                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+                grad_query, grad_height, grad_width, window_keys, window_values,
+                SIDE - REST, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
         if grad_width is not None:
             _add_lines(grad_width, of_width, columns, position, head, valid, False, SIDE)
     if grad_query is not None:
@@ -366,8 +435,10 @@ class _Call(Call):
         parameters = self.parameters(name)
         queries, parts = self.share(parameters)
         columns = min(parameters.block, max(16, triton.next_power_of_2(self.window)))
+        rest = triton.next_power_of_2(self.window % (parameters.block // columns))  # rows of the last strip
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
-        self.submit(kernel, programs, parameters, QUERIES=queries, PARTS=parts, COLUMNS=columns, **arguments)
+        shape = {"QUERIES": queries, "PARTS": parts, "COLUMNS": columns, "REST_ROWS": rest}
+        self.submit(kernel, programs, parameters, **shape, **arguments)
 
     def share(self, parameters: Parameters) -> tuple[int, int]:
         """Queries that a program takes, and parts of a block that they make."""

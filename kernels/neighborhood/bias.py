@@ -7,9 +7,9 @@ them. So one kernel sums score gradients over images, and a second one sums the 
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2_E, load_map, load_maps, load_statistics
+from ..triton_common import LOG2_E, load_maps, load_statistics
 from .columns import geometry_of, load_columns
-from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, program_tile, row_offset, tile_of_tokens
+from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, program_tile, tile_of_tokens
 
 
 @triton.jit
@@ -41,6 +41,7 @@ def backward_bias_kernel(
     first_tile,
     count,
     batch,
+    images,
     plan,
     total,
     heads,
@@ -54,7 +55,6 @@ def backward_bias_kernel(
     BOXES: tl.constexpr,
     STEPS: tl.constexpr,
     PERIOD: tl.constexpr,
-    IMAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -79,8 +79,8 @@ def backward_bias_kernel(
     )  # fmt: skip
     everywhere = tl.full([BLOCK], True, tl.int1)
     of_scores = tl.zeros([BLOCK, BLOCK], tl.float32)
-    first_image = share // count * IMAGES
-    for image in range(first_image, tl.minimum(first_image + IMAGES, batch)):
+    first_image = share // count * images
+    for image in range(first_image, tl.minimum(first_image + images, batch)):
         here = (image, position[1], position[2], position[3])
         there = (image, key_position[1], key_position[2], key_position[3])
         queries, grads = load_maps(query, grad_output, here, head, everywhere, HEAD_DIM, CHANNELS)

@@ -22,15 +22,15 @@ from ..triton_common import (
     Call,
     attend,
     load_logsumexp,
-    load_maps,
     load_map,
-    load_statistics,
+    load_maps,
     multiply,
     refuse_tensors,
     start_softmax,
     store_attention,
     store_delta,
     store_map,
+    token_pointers,
 )
 from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs
 from .columns import column_table_kernel, geometries, geometry_of, load_columns
@@ -47,7 +47,9 @@ SCRATCH = 2**27
 ENTRIES = 16
 """Entries of the table that a program of the last step of its gradient makes."""
 IMAGES = 32
-"""Images that a program of the gradient of the table sums up."""
+"""The most images that a program of the gradient of the table sums up,"""
+PROGRAMS = 512
+"""and the number of programs below which they sum up fewer."""
 
 
 @triton.jit
@@ -159,10 +161,23 @@ def backward_query_kernel(
                 columns, number, places, key_places, step[2], length,
                 KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
             )  # fmt: skip
-            of_pairs = gradient_of_pairs(queries, keys, grads, values, bias, of_softmax, deltas[:, None], scale, PRECISION)
+            of_pairs = gradient_of_pairs(
+                queries, keys, grads, values, bias, of_softmax, deltas[:, None], scale, PRECISION
+            )
             sums += multiply(of_pairs[1], keys, PRECISION)
             step = next_box(step, steps)
         store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
+
+
+@triton.jit
+def _load_for_columns(statistic, position, head):
+    """A statistic of the queries that are columns of a product.
+
+    Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
+    by itself, address by address, unless there are numbers enough for all threads.
+    """
+    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
+    return tl.max(tl.load(pointers), 1)
 
 
 @triton.jit
@@ -214,7 +229,8 @@ def backward_key_kernel(
         box = box_at(step, start, BOX)
         query_places, query_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
         queries, grads = load_maps(query, grad_output, query_position, head, everywhere, HEAD_DIM, CHANNELS)
-        of_softmax, deltas = load_statistics(logsumexp, delta, query_position, head, everywhere)
+        of_softmax = _load_for_columns(logsumexp, query_position, head) * LOG2_E
+        deltas = _load_for_columns(delta, query_position, head)
         bias = load_columns(
             columns, number, places, query_places, step[2], length,
             KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
@@ -272,7 +288,7 @@ class _Call(Call):
         axes = zip(self.size, self.dilation, tile, strict=True)
         tiles = tuple(triton.cdiv(triton.cdiv(size, step), extent) for size, step, extent in axes)
         known, period, total = geometries(self.size[2], self.dilation[2], self.kernel[2], self.stride[2], tile[2])
-        box, most = self.box(parameters, tile), self.most_boxes(tile, by_key)
+        box, most = self.box(parameters, tile), self.most_places(tile, by_key)
         self.arguments.update(
             plan=(self.size, self.dilation, tiles, known),
             total=total,
@@ -298,17 +314,27 @@ class _Call(Call):
         submit(column_table_kernel, programs, Parameters(parameters.block, 1, 1), **arguments)
         return columns
 
-    def most_boxes(self, tile: Sequence[int], by_key: bool) -> list[int]:
+    def most_places(self, tile: Sequence[int], by_key: bool) -> list[int]:
         """At least as many places along each axis as a tile can meet."""
-        extents = zip(tile, self.kernel, self.stride, strict=True)
+        lengths = map(triton.cdiv, self.size, self.dilation)
+        extents = zip(tile, self.kernel, self.stride, lengths, strict=True)
         # next to a border more queries are taken than see a key
-        return [extent + kernel + stride - 2 + by_key * (kernel + 5) // 2 for extent, kernel, stride in extents]
+        return [
+            min(length, extent + kernel + stride - 2 + by_key * (kernel + 5) // 2)
+            for extent, kernel, stride, length in extents
+        ]
 
     def box(self, parameters: Parameters, tile: Sequence[int]) -> tuple[int, int, int]:
         """Extent of the blocks in which a program goes through the tokens that its tile meets."""
-        across = [triton.next_power_of_2(extent + size - 1) for extent, size in zip(tile, self.kernel, strict=True)]
+        if self.rank == 1:
+            return 1, 1, parameters.block
+        lengths = map(triton.cdiv, self.size, self.dilation)
+        axes = zip(tile, self.kernel, lengths, strict=True)
+        across = [triton.next_power_of_2(min(extent + kernel - 1, length)) for extent, kernel, length in axes]
         columns = min(across[2], max(16, tile[2]))
-        rows = min(across[1], parameters.block // columns)
+        rows = parameters.block // columns
+        if self.rank == 3:
+            rows = min(across[1], rows)
         return parameters.block // (rows * columns), rows, columns
 
     def backward_bias(self) -> Tensor:
@@ -317,7 +343,7 @@ class _Call(Call):
         self.prepare(parameters, False)
         boxes = self.arguments["BOXES"]
         tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
-        images = min(IMAGES, max(self.batch, 1))
+        images = max(1, min(IMAGES, self.batch, self.batch * tiles * boxes * self.heads // PROGRAMS))
         chunks = triton.cdiv(self.batch, images)
         size = max(1, chunks) * self.heads * boxes * parameters.block**2 * 4
         most = max(1, min(tiles, SCRATCH // size))
@@ -327,7 +353,7 @@ class _Call(Call):
             count = min(most, tiles - first)
             shared = {"first_tile": first, "count": count, "sums": scratch}
             programs = chunks * count * boxes * self.heads
-            self.submit(backward_bias_kernel, programs, parameters, batch=self.batch, IMAGES=images, **shared)
+            self.submit(backward_bias_kernel, programs, parameters, batch=self.batch, images=images, **shared)
             programs = count * self.heads * triton.cdiv(math.prod(self.table.shape[1:]), ENTRIES)
             self.submit(
                 gather_bias_kernel,

@@ -15,8 +15,12 @@ from vicinal.eval.kernel_table import (
 )
 from vicinal.kernels import launch
 
-LIGHT_KERNELS = {"neighborhood_attention": {"backward_bias"}, "aggregated_attention": {"backward_key"}}
-"""Kernels without matrix products: they sum offset by offset."""
+LIGHT_KERNELS = {
+    "neighborhood_attention": {"column_table", "gather_bias"},
+    "halo_attention": {"backward_key"},
+    "aggregated_attention": {"backward_key"},
+}
+"""Kernels without matrix products."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +41,7 @@ def check(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> N
 
 
 def describe(case: Case) -> str:
-    return f"{case.operator}-{case.window}-rank{case.rank}" + "-deterministic" * case.deterministic
+    return f"{case.operator}-{case.window}-rank{case.rank}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=describe)
