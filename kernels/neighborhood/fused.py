@@ -311,7 +311,7 @@ class _Call(Call):
         columns = self.query.new_empty((programs, steps, tile[2], box[2]), dtype=torch.float32)
         known = {**self.arguments, "query": self.query, "table": self.table, "columns": columns}
         arguments = {name: known[name] for name in column_table_kernel.arg_names}
-        submit(column_table_kernel, programs, Parameters(parameters.block, 1, 1), **arguments)
+        submit(column_table_kernel, programs, Parameters(parameters.block, 4, 1), **arguments)
         return columns
 
     def most_places(self, tile: Sequence[int], by_key: bool) -> list[int]:
