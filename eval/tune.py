@@ -80,8 +80,6 @@ def cases_of(kernel: str) -> list[Case]:
     cases = [case for case in CASES if case.operator == f"{operator}_attention"]
     if operator == "window":
         cases = [case for case in cases if (case.window < 8) == name.endswith("_whole")]
-    if operator == "neighborhood":
-        cases = [case for case in cases if case.deterministic == (name == "backward_bias")]
     return cases
 
 

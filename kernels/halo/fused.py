@@ -1,36 +1,39 @@
 """Halo attention in Triton: blocks of queries read their windows from the map in place, without a copy of the halo.
 
-Forward and gradient of the query: a program owns queries of one block, for one head, and goes through the cells of its
-window. Cells outside the map are zeros, or have no weight. Gradient of key and value: a program owns a tile of the map
-and goes through the queries of all blocks whose windows meet it. So every sum has a fixed order, without atomics.
+A program owns queries of one block, for one head, and goes through the cells of its window in strips of a few rows.
+Cells outside the map are zeros, or have no weight. The relative logits of a strip are a sum of those of its rows and
+those of its columns; the latter are the same for all strips. Slots of a strip that are no cells have logits of -inf.
+
+The backward makes each score once: a program also writes what its queries give to the gradients of the window, and
+a second kernel adds up the windows that hold a token. So every sum has a fixed order, without atomics. Windows overlap,
+and their gradients take two to four times the room of the map's: a few images at a time.
 """
 
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import Parameters
 from ..triton_common import (
     LARGEST_HEAD_DIM,
     LOG2_E,
     Call,
     attend,
-    gradient_of_pairs,
     load_logsumexp,
     load_map,
-    load_statistics,
     multiply,
     refuse_tensors,
     start_softmax,
     store_attention,
-    store_delta,
     store_map,
+    token_pointers,
 )
 
-TILES = {64: (8, 8), 32: (4, 8), 16: (4, 4)}
-"""Extent of a tile of keys by its number of tokens."""
 MOST_QUERIES = 64
+SCRATCH = 2**28
+"""Bytes for the gradients of windows: the backward takes as many images at a time as fit."""
 
 
 @triton.jit
@@ -42,72 +45,97 @@ def _program(heads, blocks, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _queries(slot, block, SIDES: tl.constexpr):
-    """Positions of the queries of a block, and which slots hold one."""
-    side: tl.constexpr = SIDES[0]
+def _tokens(slot, block, SIDE: tl.constexpr):
+    """Positions of the tokens of a block of SIDE x SIDE, and which slots hold one."""
     image, row, column = block
-    return (image, row * side + slot // side, column * side + slot % side), slot < side * side
+    return (image, row * SIDE + slot // SIDE, column * SIDE + slot % SIDE), slot < SIDE * SIDE
 
 
 @triton.jit
-def _window(slot, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
-    """Cells of a window: row and column in it, position in the map, which lie inside the map, which take part."""
+def _within(place, length):
+    """Whether 0 <= place < length, in one comparison."""
+    return place.to(tl.uint32, bitcast=True) < tl.cast(length, tl.uint32)
+
+
+@triton.jit
+def _cells(row, column, block, size, SIDES: tl.constexpr):
+    """Position in the map of cells of a window, and which of them are cells of it that lie inside the map."""
     side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    image, row, column = block
-    cell = (slot // side, slot % side)
-    y = row * SIDES[1] - SIDES[2] + cell[0]
-    x = column * SIDES[1] - SIDES[2] + cell[1]
-    visible = slot < side * side
-    inside = visible & (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
-    if MASK_PADDING:
-        visible = inside
-    return cell, (image, y, x), inside, visible
+    image, block_row, block_column = block
+    y = block_row * SIDES[1] - SIDES[2] + row
+    x = block_column * SIDES[1] - SIDES[2] + column
+    return (image, y, x), _within(y, size[0]) & _within(x, size[1]) & (row < side) & (column < side)
 
 
 @triton.jit
-def _load_logits(logits, position, head, valid, SIDES: tl.constexpr, LOGITS: tl.constexpr):
-    """(queries, LOGITS), padded with zeros, or 0.0 where there are none."""
-    tile = 0.0
-    if logits is not None:
-        tile = load_map(logits, position, head, valid, SIDES[1] + 2 * SIDES[2], LOGITS)
-        dtype: tl.constexpr = tl.float32 if tile.dtype == tl.float64 else tile.dtype
-        # minus infinity would become nan in a matrix product
-        lowest: tl.constexpr = -65504.0 if dtype == tl.float16 else -3.0e38
-        tile = tl.maximum(tile.to(tl.float32), lowest).to(dtype)
-    return tile
+def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+    """Relative logits (queries, lines) in base 2 of rows or columns of a window, -inf of those that take no part.
 
-
-@triton.jit
-def _load_both(height, width, position, head, valid, SIDES: tl.constexpr, LOGITS: tl.constexpr):
-    of_rows = _load_logits(height, position, head, valid, SIDES, LOGITS)
-    return of_rows, _load_logits(width, position, head, valid, SIDES, LOGITS)
-
-
-@triton.jit
-def _member(cell, dtype: tl.constexpr, LOGITS: tl.constexpr):
-    """One where a cell lies in a row of the window, or a column, (cells, LOGITS): to select and to sum as a product."""
-    member = cell[:, None] == tl.arange(0, LOGITS)[None, :]
-    return member.to(tl.float32).to(dtype)  # the interpreter knows no conversion of bool to bfloat16
-
-
-@triton.jit
-def _bias(height, width, tiles, cell, BY_KEY: tl.constexpr, LOGITS: tl.constexpr):
-    """Relative logits in base 2 of the queries of two tiles and the cells; cells are rows if BY_KEY.
-
-    They are selected by products with zeros and ones, which are exact and cheaper than a gather for each pair.
+    Args:
+        line: rows or columns in the window.
+        corner: where the window begins in the map, whose extent is length.
     """
-    bias = 0.0
-    if height is not None:
-        bias += _select(tiles[0], cell[0], BY_KEY, LOGITS)
-    if width is not None:
-        bias += _select(tiles[1], cell[1], BY_KEY, LOGITS)
-    return bias * LOG2_E
+    taken = line < SIDES[1] + 2 * SIDES[2]
+    if MASK_PADDING:
+        taken = taken & _within(corner + line, length)
+    if logits is None:
+        values = tl.where(taken, 0.0, float("-inf"))[None, :]
+    else:
+        pointers = token_pointers(logits, position, head)[:, None] + line[None, :]
+        values = tl.load(pointers, mask=valid[:, None] & taken[None, :], other=0.0).to(tl.float32) * LOG2_E
+        values = tl.where(taken[None, :], values, float("-inf"))
+    return values
 
 
 @triton.jit
-def _select(tile, cell, BY_KEY: tl.constexpr, LOGITS: tl.constexpr):
-    member = _member(cell, tile.dtype, LOGITS)
-    return multiply(member, tl.trans(tile), "ieee") if BY_KEY else multiply(tile, tl.trans(member), "ieee")
+def _height(height, row, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+    corner = block[1] * SIDES[1] - SIDES[2]
+    return _logits(height, position, head, valid, row, corner, size[0], SIDES, MASK_PADDING)
+
+
+@triton.jit
+def _width(width, column, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+    corner = block[2] * SIDES[1] - SIDES[2]
+    return _logits(width, position, head, valid, column, corner, size[1], SIDES, MASK_PADDING)
+
+
+@triton.jit
+def _outer_sum(of_rows, of_columns, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(queries, ROWS) and (queries, COLUMNS) added for each cell of a strip, (queries, ROWS * COLUMNS)."""
+    cells = of_rows[:, :, None] + of_columns[:, None, :]
+    return tl.reshape(tl.broadcast_to(cells, [QUERIES, ROWS, COLUMNS]), [QUERIES, ROWS * COLUMNS])
+
+
+@triton.jit
+def _load_strip(
+    key, value, top, left, head, block, size,
+    SIDES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Row and column in the window of the cells of a strip, and their keys and values."""
+    slot = tl.arange(0, ROWS * COLUMNS)
+    row, column = top + slot // COLUMNS, left + slot % COLUMNS
+    cells, inside = _cells(row, column, block, size, SIDES)
+    keys = load_map(key, cells, head, inside, HEAD_DIM, CHANNELS)
+    return row, column, keys, load_map(value, cells, head, inside, VALUE_DIM, VALUE_CHANNELS)
+
+
+@triton.jit
+def _attend_strip(
+    state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of a softmax with the cells of one more strip."""
+    _, _, keys, values = _load_strip(
+        key, value, top, left, head, block, size,
+        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    )  # fmt: skip
+    rows = top + tl.arange(0, ROWS)
+    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
+    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    return attend(state, queries, keys, values, True, bias, scale, PRECISION)
 
 
 @triton.jit
@@ -127,32 +155,91 @@ def forward_kernel(
     PARTS: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
-    LOGITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one part of the queries of a block, for one head."""
-    CELLS: tl.constexpr = (SIDES[1] + 2 * SIDES[2]) * (SIDES[1] + 2 * SIDES[2])
+    """One program: one part of the queries of a block, for one head. It goes through its window in strips."""
+    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    ROWS: tl.constexpr = BLOCK // COLUMNS
+    REST: tl.constexpr = SIDE % ROWS
     size, blocks = plan
     head, part, block = _program(heads, blocks, PARTS)
-    position, valid = _queries(part * QUERIES + tl.arange(0, QUERIES), block, SIDES)
-    logits = _load_both(height, width, position, head, valid, SIDES, LOGITS)
+    position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     state = start_softmax(QUERIES, VALUE_CHANNELS)
-    for start in range(0, CELLS, BLOCK):
-        cell, key_position, inside, taken = _window(start + tl.arange(0, BLOCK), block, size, SIDES, MASK_PADDING)
-        keys = load_map(key, key_position, head, inside, HEAD_DIM, CHANNELS)
-        values = load_map(value, key_position, head, inside, VALUE_DIM, VALUE_CHANNELS)
-        visible = valid[:, None] & taken[None, :]
-        bias = _bias(height, width, logits, cell, False, LOGITS)
-        state = attend(state, queries, keys, values, visible, bias, scale, PRECISION)
+    for left in tl.static_range(0, SIDE, COLUMNS):
+        columns = left + tl.arange(0, COLUMNS)
+        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        for top in range(0, SIDE - REST, ROWS):
+            state = _attend_strip(
+                state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+        if REST > 0:
+            state = _attend_strip(
+                state, queries, key, value, height, of_columns, SIDE - REST, left, position, head, valid, block, size,
+                scale, SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
     store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
 @triton.jit
+def _store_strip(window, values, row, column, SIDES: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write the gradients of cells (cells, CHANNELS) of a window whose gradients begin at `window`."""
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    channel = tl.arange(0, CHANNELS)
+    pointers = window + ((row * side + column) * DIM)[:, None] + channel[None, :]
+    mask = ((row < side) & (column < side))[:, None] & (channel < DIM)[None, :]
+    tl.store(pointers, values.to(window.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _differentiate_strip(
+    of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+    grad_query, grad_height, grad_width, window_keys, window_values,
+    top, left, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of queries and of the logits of columns with the cells of one more strip; the others are written.
+
+    of_columns lacks the logsumexp.
+    """
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    row, column, keys, values = _load_strip(
+        key, value, top, left, head, block, size,
+        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    )  # fmt: skip
+    rows = top + tl.arange(0, ROWS)
+    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
+    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias)
+    of_scores = weights * (tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    if grad_query is not None:
+        of_queries += multiply(of_scores, keys, PRECISION)
+    if grad_height is not None:
+        sums = tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 2)
+        _add_lines(grad_height, sums, rows, position, head, valid, left > 0, side)
+    if grad_width is not None:
+        of_width += tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 1)
+    if window_keys is not None:
+        of_keys = multiply(tl.trans(of_scores.to(queries.dtype)), queries, PRECISION) * scale
+        _store_strip(window_keys, of_keys, row, column, SIDES, HEAD_DIM, CHANNELS)
+    if window_values is not None:
+        of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
+        _store_strip(window_values, of_values, row, column, SIDES, VALUE_DIM, VALUE_CHANNELS)
+    return of_queries, of_width
+
+
+@triton.jit(do_not_specialize=["first"])
 def backward_query_kernel(
     query,
     key,
@@ -162,10 +249,12 @@ def backward_query_kernel(
     grad_output,
     output,
     logsumexp,
-    delta,
     grad_query,
     grad_height,
     grad_width,
+    window_keys,
+    window_values,
+    first,
     plan,
     heads,
     scale,
@@ -174,123 +263,140 @@ def backward_query_kernel(
     PARTS: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
-    LOGITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: the gradients of a part of the queries of a block and of their logits, and delta."""
+    """One program: the gradients of a part of the queries of a block, of their logits, and their share in the
+    gradients of the keys and values of the window, which goes to window_keys and window_values."""
     SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    ROWS: tl.constexpr = BLOCK // COLUMNS
+    REST: tl.constexpr = SIDE % ROWS
     size, blocks = plan
     head, part, block = _program(heads, blocks, PARTS)
-    position, valid = _queries(part * QUERIES + tl.arange(0, QUERIES), block, SIDES)
+    block = (first + block[0], block[1], block[2])
+    position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    deltas = store_delta(delta, output, grads, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    if grad_query is not None or grad_height is not None or grad_width is not None:
-        logits = _load_both(height, width, position, head, valid, SIDES, LOGITS)
-        queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-        statistics = (load_logsumexp(logsumexp, position, head, valid)[:, None], deltas[:, None])
-        of_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)
-        of_height = tl.zeros([QUERIES, LOGITS], tl.float32)
-        of_width = tl.zeros([QUERIES, LOGITS], tl.float32)
-        for start in range(0, SIDE * SIDE, BLOCK):
-            cell, key_position, inside, taken = _window(start + tl.arange(0, BLOCK), block, size, SIDES, MASK_PADDING)
-            keys = load_map(key, key_position, head, inside, HEAD_DIM, CHANNELS)
-            values = load_map(value, key_position, head, inside, VALUE_DIM, VALUE_CHANNELS)
-            visible = valid[:, None] & taken[None, :]
-            bias = _bias(height, width, logits, cell, False, LOGITS)
-            _, of_scores = gradient_of_pairs(queries, keys, grads, values, statistics, visible, bias, scale, PRECISION)
-            if grad_query is not None:
-                of_queries += multiply(of_scores, keys, PRECISION)
-            if grad_height is not None:
-                of_height += multiply(of_scores, _member(cell[0], keys.dtype, LOGITS), PRECISION)
-            if grad_width is not None:
-                of_width += multiply(of_scores, _member(cell[1], keys.dtype, LOGITS), PRECISION)
-        if grad_query is not None:
-            store_map(grad_query, of_queries * scale, position, head, valid, HEAD_DIM, CHANNELS)
-        if grad_height is not None:
-            store_map(grad_height, of_height, position, head, valid, SIDE, LOGITS)
+    outputs = load_map(output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+    delta = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
+    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+    of_softmax = load_logsumexp(logsumexp, position, head, valid)
+    of_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)
+    window = tl.program_id(0).to(tl.int64) * (SIDE * SIDE)
+    if window_keys is not None:
+        window_keys += window * HEAD_DIM
+    if window_values is not None:
+        window_values += window * VALUE_DIM
+    for left in tl.static_range(0, SIDE, COLUMNS):
+        columns = left + tl.arange(0, COLUMNS)
+        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        of_width = tl.zeros([QUERIES, COLUMNS], tl.float32)
+        for top in range(0, SIDE - REST, ROWS):
+            of_queries, of_width = _differentiate_strip(
+                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+                grad_query, grad_height, grad_width, window_keys, window_values,
+                top, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+        if REST > 0:
+            of_queries, of_width = _differentiate_strip(
+                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+                grad_query, grad_height, grad_width, window_keys, window_values,
+                SIDE - REST, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
         if grad_width is not None:
-            store_map(grad_width, of_width, position, head, valid, SIDE, LOGITS)
+            _add_lines(grad_width, of_width, columns, position, head, valid, False, SIDE)
+    if grad_query is not None:
+        store_map(grad_query, of_queries * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
-def _meeting(first, extent, length, count, SIDES: tl.constexpr):
-    """The first block, along one axis, whose window meets the tokens from `first` on, and the one behind the last."""
-    last = tl.minimum(first + extent, length) - 1
-    # a quotient that rounds towards zero must not see a negative number
-    start = tl.maximum(first - SIDES[2], 0) // SIDES[1]
-    return start, tl.minimum((last + SIDES[2]) // SIDES[1] + 1, count)
+def _add_lines(logits, values, line, position, head, valid, ADD: tl.constexpr, SIDE: tl.constexpr):
+    """Write, or add, gradients (queries, lines) of the relative logits of rows or columns."""
+    pointers = token_pointers(logits, position, head)[:, None] + line[None, :]
+    mask = valid[:, None] & (line < SIDE)[None, :]
+    if ADD:
+        values += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, values.to(logits.pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def backward_key_kernel(
     query,
-    key,
-    value,
-    height,
-    width,
-    grad_output,
-    logsumexp,
-    delta,
+    window_keys,
+    window_values,
     grad_key,
     grad_value,
+    first,
     plan,
-    tiles,
     heads,
-    scale,
     SIDES: tl.constexpr,
-    TILE: tl.constexpr,
+    WINDOWS: tl.constexpr,
     PARTS: tl.constexpr,
-    QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
-    LOGITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """One program: the gradients of a tile of keys and values. Scores have keys as rows."""
-    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    size, blocks = plan
-    head, _, tile = _program(heads, tiles, 1)
-    image = tile[0]
-    slot = tl.arange(0, BLOCK)
-    y = tile[1] * TILE[0] + slot // TILE[1]
-    x = tile[2] * TILE[1] + slot % TILE[1]
-    valid = (y < size[0]) & (x < size[1])
-    keys = load_map(key, (image, y, x), head, valid, HEAD_DIM, CHANNELS)
-    values = load_map(value, (image, y, x), head, valid, VALUE_DIM, VALUE_CHANNELS)
-    of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    of_values = tl.zeros([BLOCK, VALUE_CHANNELS], tl.float32)
-    top, bottom = _meeting(tile[1] * TILE[0], TILE[0], size[0], blocks[0], SIDES)
-    left, right = _meeting(tile[2] * TILE[1], TILE[1], size[1], blocks[1], SIDES)
-    for step in range(0, (bottom - top) * (right - left) * PARTS):
-        block = (image, top + step // PARTS // (right - left), left + step // PARTS % (right - left))
-        position, query_valid = _queries(step % PARTS * QUERIES + tl.arange(0, QUERIES), block, SIDES)
-        row = y - block[1] * SIDES[1] + SIDES[2]
-        column = x - block[2] * SIDES[1] + SIDES[2]
-        seen = valid & (row >= 0) & (row < SIDE) & (column >= 0) & (column < SIDE)
-        queries = load_map(query, position, head, query_valid, HEAD_DIM, CHANNELS)
-        grads = load_map(grad_output, position, head, query_valid, VALUE_DIM, VALUE_CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, position, head, query_valid)
-        visible = seen[:, None] & query_valid[None, :]
-        logits = _load_both(height, width, position, head, query_valid, SIDES, LOGITS)
-        bias = _bias(height, width, logits, (row, column), True, LOGITS)
-        weights, of_scores = gradient_of_pairs(
-            keys, queries, values, grads, (of_rows[None, :], deltas[None, :]), visible, bias, scale, PRECISION
-        )
-        if grad_key is not None:
-            of_keys += multiply(of_scores, queries, PRECISION)
-        if grad_value is not None:
-            of_values += multiply(weights, grads, PRECISION)
+    """One program: a part of a block of the map, for one head; it adds up the gradients of the windows that hold it.
+
+    WINDOWS: shares that the gradient of a window is made of.
+    """
+    _, blocks = plan
+    head, part, block = _program(heads, blocks, PARTS)
+    slot = part * BLOCK + tl.arange(0, BLOCK)
+    position, valid = _tokens(slot, (first + block[0], block[1], block[2]), SIDES[1])
     if grad_key is not None:
-        store_map(grad_key, of_keys * scale, (image, y, x), head, valid, HEAD_DIM, CHANNELS)
+        sums = _overlap(window_keys, slot, valid, block, head, blocks, heads, SIDES, WINDOWS, HEAD_DIM, CHANNELS)
+        store_map(grad_key, sums, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_map(grad_value, of_values, (image, y, x), head, valid, VALUE_DIM, VALUE_CHANNELS)
+        sums = _overlap(
+            window_values, slot, valid, block, head, blocks, heads, SIDES, WINDOWS, VALUE_DIM, VALUE_CHANNELS
+        )
+        store_map(grad_value, sums, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+
+
+@triton.jit
+def _overlap(
+    windows,
+    slot,
+    valid,
+    block,
+    head,
+    blocks,
+    heads,
+    SIDES: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Sum over all windows, those of a block and of its neighbours, of what they have of the tokens of the block."""
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    REACH: tl.constexpr = (SIDES[2] + SIDES[1] - 1) // SIDES[1]
+    image, block_row, block_column = block
+    channel = tl.arange(0, CHANNELS)
+    sums = tl.zeros([slot.shape[0], CHANNELS], tl.float32)
+    for y in tl.static_range(-REACH, REACH + 1):
+        for x in tl.static_range(-REACH, REACH + 1):
+            row = slot // SIDES[1] + SIDES[2] - y * SIDES[1]
+            column = slot % SIDES[1] + SIDES[2] - x * SIDES[1]
+            held = valid & _within(row, side) & _within(column, side)
+            held = held & _within(block_row + y, blocks[0]) & _within(block_column + x, blocks[1])
+            place = (image * blocks[0] + block_row + y) * blocks[1] + block_column + x
+            for share in tl.static_range(0, WINDOWS):
+                window = ((place * WINDOWS + share) * heads + head).to(tl.int64) * (side * side * DIM)
+                pointers = windows + window + ((row * side + column) * DIM)[:, None] + channel[None, :]
+                mask = held[:, None] & (channel < DIM)[None, :]
+                sums += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    return sums
 
 
 class _Call(Call):
@@ -309,6 +415,7 @@ class _Call(Call):
         scale: Optional[float],
     ) -> None:
         super().__init__("halo", query, key, value, scale)
+        self.key = key
         self.key_size = tuple(key.shape[1:3])
         self.blocks = tuple(size // block_size for size in self.key_size)
         self.side = self.size[0] // self.blocks[0]
@@ -319,29 +426,49 @@ class _Call(Call):
             width=width,
             plan=(self.key_size, self.blocks),
             SIDES=(self.side, block_size, halo_size),
-            LOGITS=max(16, triton.next_power_of_2(block_size + 2 * halo_size)),
             MASK_PADDING=mask_padding,
         )
+        self.block_size, self.window = block_size, block_size + 2 * halo_size
 
-    def start(self, name: str, kernel, **arguments) -> None:
+    def start(self, name: str, kernel: Any, images: int, **arguments: Any) -> None:
         """Start a kernel whose programs own queries."""
         parameters = self.parameters(name)
-        queries, parts = self._share(parameters.block)
-        programs = self.batch * self.blocks[0] * self.blocks[1] * parts * self.heads
-        self.submit(kernel, programs, parameters, QUERIES=queries, PARTS=parts, **arguments)
+        queries, parts = self.share(parameters)
+        columns = min(parameters.block, max(16, triton.next_power_of_2(self.window)))
+        rest = triton.next_power_of_2(self.window % (parameters.block // columns))  # rows of the last strip
+        programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
+        shape = {"QUERIES": queries, "PARTS": parts, "COLUMNS": columns, "REST_ROWS": rest}
+        self.submit(kernel, programs, parameters, **shape, **arguments)
 
-    def start_by_key(self) -> None:
-        parameters = self.parameters("backward_key")
-        queries, parts = self._share(2 * parameters.block)
-        tile = TILES[parameters.block]
-        tiles = tuple(triton.cdiv(size, extent) for size, extent in zip(self.key_size, tile, strict=True))
-        programs = self.batch * tiles[0] * tiles[1] * self.heads
-        self.submit(backward_key_kernel, programs, parameters, tiles=tiles, TILE=tile, QUERIES=queries, PARTS=parts)
-
-    def _share(self, most: int) -> tuple[int, int]:
-        """Queries that a program takes at a time, and parts of a block that they make."""
-        queries = min(most, MOST_QUERIES, max(16, triton.next_power_of_2(self.side**2)))
+    def share(self, parameters: Parameters) -> tuple[int, int]:
+        """Queries that a program takes, and parts of a block that they make."""
+        queries = min(parameters.block, MOST_QUERIES, max(16, triton.next_power_of_2(self.side**2)))
         return queries, triton.cdiv(self.side**2, queries)
+
+    def backward(self, needs_key: bool, needs_value: bool) -> None:
+        """Images at a time: the gradients of all windows, then, for the keys and values, their sums."""
+        _, shares = self.share(self.parameters("backward_query"))
+        windows = self.blocks[0] * self.blocks[1] * shares * self.heads * self.window**2
+        size = windows * self.key.element_size() * (self.head_dim * needs_key + self.value_dim * needs_value)
+        images = self.batch if size == 0 else max(1, min(self.batch, SCRATCH // size))
+        scratch = {
+            name: self.key.new_empty((images * windows, channels)) if needed else None
+            for name, channels, needed in (
+                ("window_keys", self.head_dim, needs_key),
+                ("window_values", self.value_dim, needs_value),
+            )
+        }
+        for first in range(0, self.batch, max(images, 1)):
+            count = min(images, self.batch - first)
+            self.start("backward_query", backward_query_kernel, count, first=first, **scratch)
+            if needs_key or needs_value:
+                self._add_windows(count, shares, first=first, **scratch)
+
+    def _add_windows(self, images: int, shares: int, **arguments: Any) -> None:
+        parameters = self.parameters("backward_key")
+        parts = triton.cdiv(self.block_size**2, parameters.block)
+        programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
+        self.submit(backward_key_kernel, programs, parameters, PARTS=parts, WINDOWS=shares, **arguments)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
@@ -354,7 +481,7 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
     outputs = call.start_forward()
-    call.start("forward", forward_kernel)
+    call.start("forward", forward_kernel, call.batch)
     return outputs
 
 
@@ -368,7 +495,5 @@ def backward(
     for name, logits, needed in zip(("grad_height", "grad_width"), call.logits, of_logits, strict=True):
         gradients.append(logits.new_empty(logits.shape) if needed else None)
         call.arguments[name] = call.tokens(gradients[-1]) if needed else None
-    call.start("backward_query", backward_query_kernel)
-    if needs_key or needs_value:
-        call.start_by_key()
+    call.backward(needs_key, needs_value)
     return [gradient for gradient in gradients if gradient is not None]

@@ -3,8 +3,8 @@
 Maps of one and two axes are maps of three with leading axes of size 1. Places count inside a group of tokens `dilation`
 apart, so a program knows no dilation beyond the address of a token. A tile of queries, or of keys, is owned by one
 program for one head, which goes through the tokens that it meets box by box: gradients of query, key and value are sums
-in a fixed order. The gradient of the bias table is added up with atomics; under torch.use_deterministic_algorithms a
-kernel of its own goes through the offsets one by one, in a fixed order and with more work.
+in a fixed order, and so is that of the bias table (see bias.py). Bias and visibility come from a table of their own
+(see columns.py), with -inf where a query does not see a key, so that programs need no masks.
 """
 
 import math
@@ -16,38 +16,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import neighborhood_options
-from ..launch import Parameters
+from ..launch import Parameters, submit
 from ..triton_common import (
     LOG2_E,
     Call,
     attend,
-    gradient_of_pairs,
-    gradient_of_scores,
     load_logsumexp,
     load_map,
     load_maps,
-    load_statistics,
     multiply,
     refuse_tensors,
     start_softmax,
     store_attention,
     store_delta,
     store_map,
+    token_pointers,
 )
-from .tiles import (
-    as_columns,
-    as_rows,
-    before,
-    block_of_tokens,
-    box_at,
-    box_of_keys,
-    box_of_queries,
-    box_steps,
-    position_of,
-    program_tile,
-    table_entry,
-    visible_pairs,
-)
+from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs
+from .columns import column_table_kernel, geometries, geometry_of, load_columns
+from .tiles import before, box_at, box_of, box_of_tokens, box_steps, next_box, program_tile, tile_of_tokens
 
 TILES = {
     1: {64: (1, 1, 64), 32: (1, 1, 32), 16: (1, 1, 16)},
@@ -55,18 +42,14 @@ TILES = {
     3: {64: (4, 4, 4), 32: (2, 4, 4), 16: (2, 2, 4)},
 }
 """Extent of a tile by the rank of the map and the tokens of a block."""
-SLICES = 32
-"""Copies of the table that atomics go to, so that fewer of them meet at one address."""
-
-
-@triton.jit
-def _bias(table, query, key, head, visible, KERNEL: tl.constexpr, RANK: tl.constexpr):
-    """In base 2."""
-    bias = 0.0
-    if table is not None:
-        entry = table_entry(query, key, head, KERNEL, RANK)
-        bias = tl.load(table + entry, mask=visible, other=0.0).to(tl.float32) * LOG2_E
-    return bias
+SCRATCH = 2**27
+"""Bytes for sums of score gradients: the gradient of the table takes as many tiles at a time as fit."""
+ENTRIES = 16
+"""Entries of the table that a program of the last step of its gradient makes."""
+IMAGES = 32
+"""The most images that a program of the gradient of the table sums up,"""
+PROGRAMS = 512
+"""and the number of programs below which they sum up fewer."""
 
 
 @triton.jit
@@ -74,40 +57,51 @@ def forward_kernel(
     query,
     key,
     value,
-    table,
+    columns,
     output,
     logsumexp,
     plan,
+    total,
     heads,
     scale,
+    BIASED: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANK: tl.constexpr,
     TILE: tl.constexpr,
     BOX: tl.constexpr,
+    STEPS: tl.constexpr,
+    PERIOD: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, group, first = program_tile(heads, plan, TILE)
+    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
     length = group[2]
     if not before(first, length):
         return
-    places, position, valid = block_of_tokens(first, length, group, plan, TILE, BLOCK)
-    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+    number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
+    if BIASED:
+        number += head * total
+    places, position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    everywhere = tl.full([BLOCK], True, tl.int1)
+    queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
     state = start_softmax(BLOCK, CHANNELS)
-    start, stop = box_of_keys(first, length, TILE, KERNEL, STRIDE, CAUSAL)
+    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
     steps = box_steps(start, stop, BOX)
-    for step in range(0, steps[0] * steps[1] * steps[2]):
-        box = box_at(step, steps, start, BOX)
-        key_places, key_position, key_valid = block_of_tokens(box, stop, group, plan, BOX, BLOCK)
-        keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
-        of_query, of_key = as_rows(places), as_columns(key_places)
-        visible = visible_pairs(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK) & valid[:, None]
-        bias = _bias(table, of_query, of_key, head, visible, KERNEL, RANK)
-        state = attend(state, queries, keys, values, visible, bias, scale, PRECISION)
+    step = (0, 0, 0)
+    for _ in range(0, steps[0] * steps[1] * steps[2]):
+        box = box_at(step, start, BOX)
+        key_places, key_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
+        keys, values = load_maps(key, value, key_position, head, everywhere, HEAD_DIM, CHANNELS)
+        bias = load_columns(
+            columns, number, places, key_places, step[2], length,
+            KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
+        )  # fmt: skip
+        state = attend(state, queries, keys, values, True, bias, scale, PRECISION)
+        step = next_box(step, steps)
     store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
 
 
@@ -116,61 +110,74 @@ def backward_query_kernel(
     query,
     key,
     value,
-    table,
+    columns,
     grad_output,
     output,
     logsumexp,
     delta,
     grad_query,
-    grad_table,
     plan,
+    total,
     heads,
     scale,
+    BIASED: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANK: tl.constexpr,
     TILE: tl.constexpr,
     BOX: tl.constexpr,
+    STEPS: tl.constexpr,
+    PERIOD: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
-    SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient of a tile of queries, and delta, the sum of output times its gradient.
-
-    grad_table has SLICES copies of the table, to one of which a program adds.
-    """
-    head, group, first = program_tile(heads, plan, TILE)
+    """The gradient of a tile of queries, and delta, the sum of output times its gradient."""
+    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
     length = group[2]
     if not before(first, length):
         return
-    places, position, valid = block_of_tokens(first, length, group, plan, TILE, BLOCK)
+    places, position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
     grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
     deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
-    if grad_query is not None or grad_table is not None:
-        copy = tl.program_id(0) // heads % SLICES * heads + head
-        queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-        statistics = (load_logsumexp(logsumexp, position, head, valid)[:, None], deltas[:, None])
+    if grad_query is not None:
+        number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
+        if BIASED:
+            number += head * total
+        everywhere = tl.full([BLOCK], True, tl.int1)
+        queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
+        of_softmax = load_logsumexp(logsumexp, position, head, everywhere)[:, None]
         sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
-        start, stop = box_of_keys(first, length, TILE, KERNEL, STRIDE, CAUSAL)
+        start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
         steps = box_steps(start, stop, BOX)
-        for step in range(0, steps[0] * steps[1] * steps[2]):
-            box = box_at(step, steps, start, BOX)
-            key_places, key_position, key_valid = block_of_tokens(box, stop, group, plan, BOX, BLOCK)
-            keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
-            of_query, of_key = as_rows(places), as_columns(key_places)
-            visible = visible_pairs(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK) & valid[:, None]
-            bias = _bias(table, of_query, of_key, head, visible, KERNEL, RANK)
-            _, of_scores = gradient_of_pairs(queries, keys, grads, values, statistics, visible, bias, scale, PRECISION)
-            if grad_table is not None:
-                entry = table_entry(of_query, of_key, copy, KERNEL, RANK)
-                tl.atomic_add(grad_table + entry, of_scores, mask=visible, sem="relaxed")
-            if grad_query is not None:
-                sums += multiply(of_scores, keys, PRECISION)
-        if grad_query is not None:
-            store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
+        step = (0, 0, 0)
+        for _ in range(0, steps[0] * steps[1] * steps[2]):
+            box = box_at(step, start, BOX)
+            key_places, key_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
+            keys, values = load_maps(key, value, key_position, head, everywhere, HEAD_DIM, CHANNELS)
+            bias = load_columns(
+                columns, number, places, key_places, step[2], length,
+                KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
+            )  # fmt: skip
+            of_pairs = gradient_of_pairs(
+                queries, keys, grads, values, bias, of_softmax, deltas[:, None], scale, PRECISION
+            )
+            sums += multiply(of_pairs[1], keys, PRECISION)
+            step = next_box(step, steps)
+        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
+
+
+@triton.jit
+def _load_for_columns(statistic, position, head):
+    """A statistic of the queries that are columns of a product.
+
+    Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
+    by itself, address by address, unless there are numbers enough for all threads.
+    """
+    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
+    return tl.max(tl.load(pointers), 1)
 
 
 @triton.jit
@@ -178,103 +185,68 @@ def backward_key_kernel(
     query,
     key,
     value,
-    table,
+    columns,
     grad_output,
     logsumexp,
     delta,
     grad_key,
     grad_value,
     plan,
+    total,
     heads,
     scale,
+    BIASED: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANK: tl.constexpr,
     TILE: tl.constexpr,
     BOX: tl.constexpr,
+    STEPS: tl.constexpr,
+    PERIOD: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradients of a tile of keys and values. Scores have keys as rows."""
-    head, group, first = program_tile(heads, plan, TILE)
+    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
     length = group[2]
     if not before(first, length):
         return
-    places, position, valid = block_of_tokens(first, length, group, plan, TILE, BLOCK)
-    keys, values = load_maps(key, value, position, head, valid, HEAD_DIM, CHANNELS)
+    number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
+    if BIASED:
+        number += head * total
+    places, position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    everywhere = tl.full([BLOCK], True, tl.int1)
+    keys, values = load_maps(key, value, position, head, everywhere, HEAD_DIM, CHANNELS)
     of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
     of_values = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    start, stop = box_of_queries(first, length, TILE, KERNEL, STRIDE, CAUSAL)
+    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, True)
     steps = box_steps(start, stop, BOX)
-    for step in range(0, steps[0] * steps[1] * steps[2]):
-        box = box_at(step, steps, start, BOX)
-        query_places, query_position, query_valid = block_of_tokens(box, stop, group, plan, BOX, BLOCK)
-        queries, grads = load_maps(query, grad_output, query_position, head, query_valid, HEAD_DIM, CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, query_position, head, query_valid)
-        of_query, of_key = as_columns(query_places), as_rows(places)
-        visible = visible_pairs(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK)
-        visible = visible & query_valid[None, :] & valid[:, None]
-        bias = _bias(table, of_query, of_key, head, visible, KERNEL, RANK)
+    step = (0, 0, 0)
+    for _ in range(0, steps[0] * steps[1] * steps[2]):
+        box = box_at(step, start, BOX)
+        query_places, query_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
+        queries, grads = load_maps(query, grad_output, query_position, head, everywhere, HEAD_DIM, CHANNELS)
+        of_softmax = _load_for_columns(logsumexp, query_position, head) * LOG2_E
+        deltas = _load_for_columns(delta, query_position, head)
+        bias = load_columns(
+            columns, number, places, query_places, step[2], length,
+            KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
+        )  # fmt: skip
         weights, of_scores = gradient_of_pairs(
-            keys, queries, values, grads, (of_rows[None, :], deltas[None, :]), visible, bias, scale, PRECISION
+            keys, queries, values, grads, bias, of_softmax[None, :], deltas[None, :], scale, PRECISION
         )
         if grad_key is not None:
             of_keys += multiply(of_scores, queries, PRECISION)
         if grad_value is not None:
             of_values += multiply(weights, grads, PRECISION)
+        step = next_box(step, steps)
     if grad_key is not None:
         store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
         store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
-
-
-@triton.jit
-def backward_bias_kernel(
-    query,
-    key,
-    value,
-    table,
-    grad_output,
-    logsumexp,
-    delta,
-    grad_table,
-    plan,
-    heads,
-    scale,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """The share of a tile of queries in the gradient of the table, offset by offset and without atomics."""
-    ROWS: tl.constexpr = 2 * KERNEL[1] - 1
-    COLUMNS: tl.constexpr = 2 * KERNEL[2] - 1
-    ENTRIES: tl.constexpr = (2 * KERNEL[0] - 1) * ROWS * COLUMNS
-    head, group, first = program_tile(heads, plan, TILE)
-    length = group[2]
-    places, position, valid = block_of_tokens(first, length, group, plan, TILE, BLOCK)
-    queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-    queries, grads = queries.to(tl.float32), grads.to(tl.float32)
-    of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
-    for entry in range(0, ENTRIES):
-        z = places[0] + entry // (ROWS * COLUMNS) - (KERNEL[0] - 1)
-        y = places[1] + entry // COLUMNS % ROWS - (KERNEL[1] - 1)
-        key_places = (z, y, places[2] + entry % COLUMNS - (KERNEL[2] - 1))
-        visible = visible_pairs(places, key_places, length, KERNEL, STRIDE, CAUSAL, RANK) & valid
-        key_position = position_of(key_places, group, plan)
-        keys, values = load_maps(key, value, key_position, head, visible, HEAD_DIM, CHANNELS)
-        bias = tl.load(table + head * ENTRIES + entry).to(tl.float32)
-        scores = (tl.sum(queries * keys.to(tl.float32), 1) * scale + bias) * LOG2_E
-        of_weights = tl.sum(grads * values.to(tl.float32), 1)
-        _, of_scores = gradient_of_scores(scores, of_rows, visible, of_weights, deltas)
-        tl.store(grad_table + tl.program_id(0).to(tl.int64) * ENTRIES + entry, tl.sum(of_scores, 0))
 
 
 class _Call(Call):
@@ -295,32 +267,104 @@ class _Call(Call):
         super().__init__("neighborhood", query, key, value, scale, axes=3)
         self.rank = query.ndim - 3
         options = neighborhood_options(self.rank, kernel_size, stride, dilation, is_causal)
-        self.kernel, strides, self.dilation = (self.leading(option, 1) for option in options[:3])
+        self.kernel, self.stride, self.dilation = (self.leading(option, 1) for option in options[:3])
         self.table = None if relative_position_bias is None else relative_position_bias.contiguous()
         causal = self.leading(options[3], False)
-        self.arguments.update(table=self.table, RANK=self.rank, KERNEL=self.kernel, STRIDE=strides, CAUSAL=causal)
+        self.arguments.update(
+            BIASED=self.table is not None, RANK=self.rank, KERNEL=self.kernel, STRIDE=self.stride, CAUSAL=causal
+        )
+        self.column_tables = {}
 
-    def tiling(self, parameters: Parameters) -> tuple[tuple, tuple]:
-        """Extent of a tile, and number of tiles along each axis of the longest group."""
+    def start(self, name: str, kernel: Any, by_key: bool = False, **arguments: Any) -> None:
+        """Start a kernel whose programs own tiles."""
+        parameters = self.parameters(name)
+        self.prepare(parameters, by_key)
+        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
+        self.submit(kernel, self.batch * tiles * self.heads, parameters, **arguments)
+
+    def prepare(self, parameters: Parameters, by_key: bool) -> None:
+        """Arguments that follow from the extent of tiles and boxes, and the column table for them."""
         tile = TILES[self.rank][parameters.block]
         axes = zip(self.size, self.dilation, tile, strict=True)
-        return tile, tuple(triton.cdiv(triton.cdiv(size, step), extent) for size, step, extent in axes)
+        tiles = tuple(triton.cdiv(triton.cdiv(size, step), extent) for size, step, extent in axes)
+        known, period, total = geometries(self.size[2], self.dilation[2], self.kernel[2], self.stride[2], tile[2])
+        box, most = self.box(parameters, tile), self.most_places(tile, by_key)
+        self.arguments.update(
+            plan=(self.size, self.dilation, tiles, known),
+            total=total,
+            TILE=tile,
+            BOX=box,
+            STEPS=triton.cdiv(most[2], box[2]),
+            BOXES=math.prod(triton.cdiv(extent, other) for extent, other in zip(most, box, strict=True)),
+            PERIOD=period,
+            BY_KEY=by_key,
+        )
+        if (parameters.block, by_key) not in self.column_tables:
+            self.column_tables[parameters.block, by_key] = self._make_columns(parameters, tile, box, total)
+        self.arguments["columns"] = self.column_tables[parameters.block, by_key]
 
-    def programs(self, parameters: Parameters) -> int:
-        return self.batch * math.prod(self.dilation) * math.prod(self.tiling(parameters)[1]) * self.heads
+    def _make_columns(self, parameters: Parameters, tile: Sequence[int], box: Sequence[int], total: int) -> Tensor:
+        heads = 1 if self.table is None else self.heads
+        rows = (2 * self.kernel[0] - 1) * (2 * self.kernel[1] - 1) + 1
+        programs = heads * total * rows
+        steps = self.arguments["STEPS"]
+        columns = self.query.new_empty((programs, steps, tile[2], box[2]), dtype=torch.float32)
+        known = {**self.arguments, "query": self.query, "table": self.table, "columns": columns}
+        arguments = {name: known[name] for name in column_table_kernel.arg_names}
+        submit(column_table_kernel, programs, Parameters(parameters.block, 4, 1), **arguments)
+        return columns
 
-    def start(self, name: str, kernel: Any, **arguments: Any) -> None:
-        parameters = self.parameters(name)
-        tile, tiles = self.tiling(parameters)
-        self.arguments.update(plan=(self.size, self.dilation, tiles), TILE=tile, BOX=self.box(parameters, tile))
-        self.submit(kernel, self.programs(parameters), parameters, **arguments)
+    def most_places(self, tile: Sequence[int], by_key: bool) -> list[int]:
+        """At least as many places along each axis as a tile can meet."""
+        lengths = map(triton.cdiv, self.size, self.dilation)
+        extents = zip(tile, self.kernel, self.stride, lengths, strict=True)
+        # next to a border more queries are taken than see a key
+        return [
+            min(length, extent + kernel + stride - 2 + by_key * (kernel + 5) // 2)
+            for extent, kernel, stride, length in extents
+        ]
 
     def box(self, parameters: Parameters, tile: Sequence[int]) -> tuple[int, int, int]:
         """Extent of the blocks in which a program goes through the tokens that its tile meets."""
-        across = [triton.next_power_of_2(extent + size - 1) for extent, size in zip(tile, self.kernel, strict=True)]
+        if self.rank == 1:
+            return 1, 1, parameters.block
+        lengths = map(triton.cdiv, self.size, self.dilation)
+        axes = zip(tile, self.kernel, lengths, strict=True)
+        across = [triton.next_power_of_2(min(extent + kernel - 1, length)) for extent, kernel, length in axes]
         columns = min(across[2], max(16, tile[2]))
-        rows = min(across[1], parameters.block // columns)
+        rows = parameters.block // columns
+        if self.rank == 3:
+            rows = min(across[1], rows)
         return parameters.block // (rows * columns), rows, columns
+
+    def backward_bias(self) -> Tensor:
+        """The gradient of the table: sums of score gradients over images, then over the pairs of one offset."""
+        parameters = self.parameters("backward_bias")
+        self.prepare(parameters, False)
+        boxes = self.arguments["BOXES"]
+        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
+        images = max(1, min(IMAGES, self.batch, self.batch * tiles * boxes * self.heads // PROGRAMS))
+        chunks = triton.cdiv(self.batch, images)
+        size = max(1, chunks) * self.heads * boxes * parameters.block**2 * 4
+        most = max(1, min(tiles, SCRATCH // size))
+        partial = self.query.new_empty((tiles, *self.table.shape), dtype=torch.float32)
+        scratch = self.query.new_empty((most * size // 4,), dtype=torch.float32)
+        for first in range(0, tiles, most):
+            count = min(most, tiles - first)
+            shared = {"first_tile": first, "count": count, "sums": scratch}
+            programs = chunks * count * boxes * self.heads
+            self.submit(backward_bias_kernel, programs, parameters, batch=self.batch, images=images, **shared)
+            programs = count * self.heads * triton.cdiv(math.prod(self.table.shape[1:]), ENTRIES)
+            self.submit(
+                gather_bias_kernel,
+                programs,
+                parameters,
+                grad_table=partial,
+                chunks=chunks,
+                ENTRIES=ENTRIES,
+                **shared,
+            )
+        return partial.sum(0)
 
 
 def refuse(query: Tensor, *_) -> Optional[str]:
@@ -347,18 +391,9 @@ def backward(
     call = _Call(*arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient, into)
     _, needs_key, needs_value, needs_bias = needs_gradient
-    atomic = needs_bias and not torch.are_deterministic_algorithms_enabled()
-    of_table = call.query.new_zeros((SLICES, *call.table.shape), dtype=torch.float32) if atomic else None
-    call.start("backward_query", backward_query_kernel, grad_table=of_table, SLICES=SLICES)
+    call.start("backward_query", backward_query_kernel)
     if needs_key or needs_value:
-        call.start("backward_key", backward_key_kernel)
+        call.start("backward_key", backward_key_kernel, by_key=True)
     if needs_bias:
-        gradients.append(of_table.sum(0) if atomic else _backward_bias(call))
+        gradients.append(call.backward_bias())
     return [gradient for gradient in gradients if gradient is not None]
-
-
-def _backward_bias(call: _Call) -> Tensor:
-    groups = call.programs(call.parameters("backward_bias")) // call.heads
-    partial = call.query.new_empty((groups, *call.table.shape), dtype=torch.float32)
-    call.start("backward_bias", backward_bias_kernel, grad_table=partial)
-    return partial.sum(0)

@@ -9,11 +9,11 @@ import triton.language as tl
 
 
 @triton.jit
-def program_tile(heads, plan, TILE: tl.constexpr):
+def program_tile(program, heads, plan, TILE: tl.constexpr):
     """What a program owns: head, group (image, residues, lengths of its axes) and the first place of its tile."""
-    size, dilation, tiles = plan
-    head = tl.program_id(0) % heads
-    rest = tl.program_id(0) // heads
+    size, dilation, tiles, _ = plan
+    head = program % heads
+    rest = program // heads
     x = rest % tiles[2] * TILE[2]
     rest = rest // tiles[2]
     y = rest % tiles[1] * TILE[1]
@@ -54,10 +54,26 @@ def position_of(places, group, plan):
 
 
 @triton.jit
-def block_of_tokens(first, stop, group, plan, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens of a tile or box: their places, their position in the map, and which of them lie before stop."""
+def _clamp(places, stop):
+    return tl.minimum(places[0], stop[0] - 1), tl.minimum(places[1], stop[1] - 1), tl.minimum(places[2], stop[2] - 1)
+
+
+@triton.jit
+def tile_of_tokens(first, group, plan, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
+    """The tokens of a tile: their places, their position in the map, and which of them lie in the group.
+
+    Those that do not are taken for the last ones, so that they can be read and need no mask.
+    """
     places = _places(tl.arange(0, BLOCK), first, EXTENT)
-    return places, position_of(places, group, plan), before(places, stop)
+    inside = _clamp(places, group[2])
+    return inside, position_of(inside, group, plan), before(places, group[2])
+
+
+@triton.jit
+def box_of_tokens(first, stop, group, plan, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
+    """The tokens of a box: their places, and a position in the map to read from, which lies before stop."""
+    places = _places(tl.arange(0, BLOCK), first, EXTENT)
+    return places, position_of(_clamp(places, stop), group, plan)
 
 
 @triton.jit
@@ -93,26 +109,42 @@ def _seen_by(first, last, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CA
 
 
 @triton.jit
-def box_of_keys(first, length, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """All keys that a tile of queries sees, as the first place and the one behind the last of each axis."""
-    start_z, _ = _window(first[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0])
-    start_y, _ = _window(first[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1])
-    start_x, _ = _window(first[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
-    _, stop_z = _window(tl.minimum(first[0] + TILE[0], length[0]) - 1, length[0], KERNEL[0], STRIDE[0], CAUSAL[0])
-    _, stop_y = _window(tl.minimum(first[1] + TILE[1], length[1]) - 1, length[1], KERNEL[1], STRIDE[1], CAUSAL[1])
-    _, stop_x = _window(tl.minimum(first[2] + TILE[2], length[2]) - 1, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
-    return (start_z, start_y, start_x), (stop_z, stop_y, stop_x)
+def axis_box(
+    first,
+    length,
+    TILE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
+    """All keys that a tile of queries sees along one axis, or all queries that see a tile of keys if BY_KEY.
+
+    As the first place and the one behind the last.
+    """
+    last = tl.minimum(first + TILE, length) - 1
+    if BY_KEY:
+        start, stop = _seen_by(first, last, length, KERNEL, STRIDE, CAUSAL)
+    else:
+        start, _ = _window(first, length, KERNEL, STRIDE, CAUSAL)
+        _, stop = _window(last, length, KERNEL, STRIDE, CAUSAL)
+    return start, stop
 
 
 @triton.jit
-def box_of_queries(first, length, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """All queries that see a tile of keys, as the first place and the one behind the last of each axis."""
-    last_z = tl.minimum(first[0] + TILE[0], length[0]) - 1
-    last_y = tl.minimum(first[1] + TILE[1], length[1]) - 1
-    last_x = tl.minimum(first[2] + TILE[2], length[2]) - 1
-    start_z, stop_z = _seen_by(first[0], last_z, length[0], KERNEL[0], STRIDE[0], CAUSAL[0])
-    start_y, stop_y = _seen_by(first[1], last_y, length[1], KERNEL[1], STRIDE[1], CAUSAL[1])
-    start_x, stop_x = _seen_by(first[2], last_x, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+def box_of(
+    first,
+    length,
+    TILE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
+    """:func:`axis_box` of all axes."""
+    start_z, stop_z = axis_box(first[0], length[0], TILE[0], KERNEL[0], STRIDE[0], CAUSAL[0], BY_KEY)
+    start_y, stop_y = axis_box(first[1], length[1], TILE[1], KERNEL[1], STRIDE[1], CAUSAL[1], BY_KEY)
+    start_x, stop_x = axis_box(first[2], length[2], TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY)
     return (start_z, start_y, start_x), (stop_z, stop_y, stop_x)
 
 
@@ -125,48 +157,53 @@ def box_steps(start, stop, BOX: tl.constexpr):
 
 
 @triton.jit
-def box_at(step, steps, start, BOX: tl.constexpr):
+def next_box(step, steps):
+    """The number of the next box along each axis; the last axis runs fastest. It saves divisions in a loop."""
+    z, y, x = step
+    x += 1
+    y += tl.where(x == steps[2], 1, 0)
+    x = tl.where(x == steps[2], 0, x)
+    z += tl.where(y == steps[1], 1, 0)
+    return z, tl.where(y == steps[1], 0, y), x
+
+
+@triton.jit
+def box_at(step, start, BOX: tl.constexpr):
     """The first place of a box."""
-    z = start[0] + step // (steps[1] * steps[2]) * BOX[0]
-    y = start[1] + step // steps[2] % steps[1] * BOX[1]
-    return z, y, start[2] + step % steps[2] * BOX[2]
+    return start[0] + step[0] * BOX[0], start[1] + step[1] * BOX[1], start[2] + step[2] * BOX[2]
 
 
 @triton.jit
-def _sees(query, key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    start, stop = _window(query, length, KERNEL, STRIDE, CAUSAL)
-    return (key >= start) & (key < stop)
-
-
-@triton.jit
-def visible_pairs(
-    query, key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, RANK: tl.constexpr
+def axis_sees(
+    query, key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, LIMIT: tl.constexpr
 ):
-    """Whether queries see keys, both with the other's axis put in. Places outside the group are not looked at."""
-    visible = _sees(query[2], key[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
-    if RANK > 1:
-        visible &= _sees(query[1], key[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1])
-    if RANK > 2:
-        visible &= _sees(query[0], key[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    """Whether queries see keys along one axis. LIMIT: queries may lie behind the group, and see nothing then."""
+    start, stop = _window(query, length, KERNEL, STRIDE, CAUSAL)
+    # one comparison, as a negative number is a large one without its sign
+    visible = (key - start).to(tl.uint32, bitcast=True) < (stop - start).to(tl.uint32, bitcast=True)
+    if LIMIT:
+        visible &= query < length
     return visible
 
 
 @triton.jit
-def as_rows(places):
-    return places[0][:, None], places[1][:, None], places[2][:, None]
-
-
-@triton.jit
-def as_columns(places):
-    return places[0][None, :], places[1][None, :], places[2][None, :]
-
-
-@triton.jit
-def table_entry(query, key, head, KERNEL: tl.constexpr, RANK: tl.constexpr):
-    """Where the table has the bias of pairs that see each other."""
-    entry = head
-    if RANK > 2:
-        entry = entry * (2 * KERNEL[0] - 1) + key[0] - query[0] + KERNEL[0] - 1
+def row_offset(
+    query,
+    key,
+    length,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RANK: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """The offset of keys from queries along all axes but the last, as one number; the largest if not visible."""
+    row = 0
     if RANK > 1:
-        entry = entry * (2 * KERNEL[1] - 1) + key[1] - query[1] + KERNEL[1] - 1
-    return entry * (2 * KERNEL[2] - 1) + key[2] - query[2] + KERNEL[2] - 1
+        visible = axis_sees(query[1], key[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1], LIMIT)
+        row = key[1] - query[1] + KERNEL[1] - 1
+        if RANK > 2:
+            visible &= axis_sees(query[0], key[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0], LIMIT)
+            row += (key[0] - query[0] + KERNEL[0] - 1) * (2 * KERNEL[1] - 1)
+        row = tl.where(visible, row, (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1))
+    return row

@@ -16,7 +16,8 @@ from vicinal.eval.kernel_table import (
 from vicinal.kernels import launch
 
 LIGHT_KERNELS = {
-    "neighborhood_attention": {"backward_bias"},
+    "neighborhood_attention": {"column_table", "gather_bias"},
+    "halo_attention": {"backward_key"},
     "routed_attention": {"invert"},
     "window_attention": {"bias", "sum_by_offset"},
 }
@@ -41,7 +42,7 @@ def check(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> N
 
 
 def describe(case: Case) -> str:
-    return f"{case.operator}-{case.window}-rank{case.rank}" + "-deterministic" * case.deterministic
+    return f"{case.operator}-{case.window}-rank{case.rank}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=describe)

@@ -1,0 +1,152 @@
+"""The gradient of the bias table of fused neighborhood attention, in a fixed order and without atomics.
+
+Tiles at one place of all images have one geometry: what a pair of places adds to which entry is the same for all of
+them. So one kernel sums score gradients over images, and a second one sums the pairs of each offset.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import LOG2_E, load_maps, load_statistics
+from .columns import geometry_of, load_columns
+from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, program_tile, tile_of_tokens
+
+
+@triton.jit
+def gradient_of_pairs(left, right, of_left, of_right, bias, of_softmax, delta, scale, PRECISION: tl.constexpr):
+    """Weights of pairs of tokens, and the gradient of their scores in base e.
+
+    Args:
+        left, of_left: of the tokens that are rows: queries and output gradients, or keys and values.
+        right, of_right: of the tokens that are columns: the others.
+        bias: of the pairs in base 2, -inf where they do not see each other.
+        of_softmax, delta: logsumexp in base 2 and delta of the queries, with the axis of the keys put in.
+    """
+    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * LOG2_E) + (bias - of_softmax)
+    weights = tl.exp2(scores)
+    of_weights = tl.dot(of_left, tl.trans(of_right), input_precision=PRECISION)
+    return weights, weights * (of_weights - delta)
+
+
+@triton.jit(do_not_specialize=["first_tile", "count"])
+def backward_bias_kernel(
+    query,
+    key,
+    value,
+    columns,
+    grad_output,
+    logsumexp,
+    delta,
+    sums,
+    first_tile,
+    count,
+    batch,
+    images,
+    plan,
+    total,
+    heads,
+    scale,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RANK: tl.constexpr,
+    TILE: tl.constexpr,
+    BOX: tl.constexpr,
+    BOXES: tl.constexpr,
+    STEPS: tl.constexpr,
+    PERIOD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the sum over some images of the score gradients of a tile and one of its boxes, for one head."""
+    share = tl.program_id(0) // (heads * BOXES)
+    program = (first_tile + share % count) * heads + tl.program_id(0) % heads
+    head, group, first = program_tile(program, heads, plan, TILE)
+    length = group[2]
+    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
+    steps = box_steps(start, stop, BOX)
+    number = tl.program_id(0) // heads % BOXES
+    if (not before(first, length)) or number >= steps[0] * steps[1] * steps[2]:
+        return
+    step = (number // (steps[1] * steps[2]), number // steps[2] % steps[1], number % steps[2])
+    places, position, _ = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    key_places, key_position = box_of_tokens(box_at(step, start, BOX), stop, group, plan, BOX, BLOCK)
+    bias = load_columns(
+        columns, geometry_of(first[2] // TILE[2], group, plan, PERIOD) + head * total, places, key_places, step[2],
+        length, KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
+    )  # fmt: skip
+    everywhere = tl.full([BLOCK], True, tl.int1)
+    of_scores = tl.zeros([BLOCK, BLOCK], tl.float32)
+    first_image = share // count * images
+    for image in range(first_image, tl.minimum(first_image + images, batch)):
+        here = (image, position[1], position[2], position[3])
+        there = (image, key_position[1], key_position[2], key_position[3])
+        queries, grads = load_maps(query, grad_output, here, head, everywhere, HEAD_DIM, CHANNELS)
+        keys, values = load_maps(key, value, there, head, everywhere, HEAD_DIM, CHANNELS)
+        of_softmax, deltas = load_statistics(logsumexp, delta, here, head, everywhere)
+        of_scores += gradient_of_pairs(
+            queries, keys, grads, values, bias, of_softmax[:, None], deltas[:, None], scale, PRECISION
+        )[1]
+    slot = tl.arange(0, BLOCK)
+    tile = sums + tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK)
+    tl.store(tile + slot[:, None] * BLOCK + slot[None, :], of_scores)
+
+
+@triton.jit
+def _split(entry, KERNEL: tl.constexpr):
+    """Offset of key from query along each axis."""
+    rows: tl.constexpr = 2 * KERNEL[1] - 1
+    columns: tl.constexpr = 2 * KERNEL[2] - 1
+    z = entry // (rows * columns) - KERNEL[0] + 1
+    return z, entry // columns % rows - KERNEL[1] + 1, entry % columns - KERNEL[2] + 1
+
+
+@triton.jit(do_not_specialize=["first_tile", "count"])
+def gather_bias_kernel(
+    query,
+    sums,
+    grad_table,
+    first_tile,
+    count,
+    chunks,
+    plan,
+    heads,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RANK: tl.constexpr,
+    TILE: tl.constexpr,
+    BOX: tl.constexpr,
+    BOXES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: what one tile adds to some entries of the table, for one head."""
+    ALL: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
+    BLOCKS: tl.constexpr = (ALL + ENTRIES - 1) // ENTRIES
+    entry = tl.program_id(0) % BLOCKS * ENTRIES + tl.arange(0, ENTRIES)[:, None]
+    share = tl.program_id(0) // BLOCKS
+    head, group, first = program_tile(first_tile * heads + share, heads, plan, TILE)
+    length = group[2]
+    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
+    steps = box_steps(start, stop, BOX)
+    places, _, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    z, y, x = places[0][None, :], places[1][None, :], places[2][None, :]
+    offset = _split(entry, KERNEL)
+    seen = valid[None, :] & (entry < ALL)
+    seen &= axis_sees(x, x + offset[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2], False)
+    seen &= axis_sees(y, y + offset[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1], False)
+    seen &= axis_sees(z, z + offset[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0], False)
+    z, y, x = z + offset[0] - start[0], y + offset[1] - start[1], x + offset[2] - start[2]
+    number = (z // BOX[0] * steps[1] + y // BOX[1]) * steps[2] + x // BOX[2]
+    slot = (z % BOX[0] * BOX[1] + y % BOX[1]) * BOX[2] + x % BOX[2]
+    place = (number * heads + head) * (BLOCK * BLOCK) + tl.arange(0, BLOCK)[None, :] * BLOCK + slot
+    total = tl.zeros([ENTRIES, BLOCK], tl.float32)
+    for chunk in range(0, chunks):
+        tiles = (chunk * count + share // heads).to(tl.int64) * (BOXES * heads * BLOCK * BLOCK)
+        total += tl.load(sums + tiles + place, mask=seen, other=0.0)
+    entry = tl.program_id(0) % BLOCKS * ENTRIES + tl.arange(0, ENTRIES)
+    into = grad_table + (first_tile * heads + share).to(tl.int64) * ALL
+    tl.store(into + entry, tl.sum(total, 1), mask=entry < ALL)

@@ -1,0 +1,133 @@
+"""The column table of fused neighborhood attention: what a pair of tokens adds to its score, laid out for reading.
+
+Which keys of the last axis a query sees depends on where its tile lies only near the borders: tiles have few
+geometries. The column table has, for each head, geometry and row offset, the bias in base 2 of the places of the tile
+against those of each box, and -inf where a pair is not seen. A row offset stands for the offsets of a pair along all
+axes but the last; one more row, all -inf, is for pairs that one of these axes hides. So a program finds bias and
+visibility together, by one row for each place of its tile and each row of a box.
+"""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..triton_common import LOG2_E
+from .tiles import axis_box, axis_sees, row_offset
+
+
+class Geometries(NamedTuple):
+    """Of the tiles of the last axis, in groups of the two lengths that dilation makes.
+
+    The first `lead` tiles of a group and those from `tail` on have geometries of their own; between them geometries
+    repeat every PERIOD tiles.
+
+    Attributes:
+        long, short: lead and tail of groups of each length.
+        count: geometries of groups of the longer length; those of the shorter one follow them.
+    """
+
+    long: tuple[int, int]
+    short: tuple[int, int]
+    count: int
+
+
+def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) -> tuple[Geometries, int, int]:
+    """The geometries of an axis, their PERIOD, and how many there are in all."""
+    period = stride // math.gcd(stride, tile)
+    tiles = triton.cdiv(triton.cdiv(size, dilation), tile)
+    ends = []
+    for length in (triton.cdiv(size, dilation), size // dilation):
+        lead, tail = triton.cdiv(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
+        ends.append((lead, tail) if tail >= lead + period else (tiles, tiles))
+    counts = [tiles if lead == tiles else lead + period + tiles - tail for lead, tail in ends]
+    return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)
+
+
+@triton.jit
+def geometry_of(first, group, plan, PERIOD: tl.constexpr):
+    """Number of the geometry of a tile that begins at `first`, which counts tiles."""
+    _, dilation, _, known = plan
+    short = group[2][2] * dilation[2] < plan[0][2]
+    lead = tl.where(short, known[1][0], known[0][0])
+    tail = tl.where(short, known[1][1], known[0][1])
+    number = tl.where(first < tail, lead + (first - lead) % PERIOD, lead + PERIOD + first - tail)
+    return tl.where(first < lead, first, number) + tl.where(short, known[2], 0)
+
+
+@triton.jit
+def column_table_kernel(
+    query,
+    table,
+    columns,
+    plan,
+    total,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+    BOX: tl.constexpr,
+    STEPS: tl.constexpr,
+    PERIOD: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
+    """One program: a row of the column table, for one geometry and head."""
+    ROWS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1)
+    size, dilation, _, known = plan
+    row = tl.program_id(0) % (ROWS + 1)
+    number = tl.program_id(0) // (ROWS + 1) % total
+    head = tl.program_id(0) // (ROWS + 1) // total
+    short = number >= known[2]
+    number -= tl.where(short, known[2], 0)
+    lead = tl.where(short, known[1][0], known[0][0])
+    tail = tl.where(short, known[1][1], known[0][1])
+    length = tl.where(short, size[2] // dilation[2], (size[2] + dilation[2] - 1) // dilation[2])
+    first = tl.where(number < lead + PERIOD, number, tail + number - lead - PERIOD) * TILE[2]
+    start, _ = axis_box(first, length, TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY)
+    own = tl.minimum(first + tl.arange(0, TILE[2]), length - 1)[:, None]
+    cell = tl.arange(0, TILE[2])[:, None] * BOX[2] + tl.arange(0, BOX[2])[None, :]
+    for step in range(0, STEPS):
+        other = start + step * BOX[2] + tl.arange(0, BOX[2])[None, :]
+        of_query, of_key = (other, own) if BY_KEY else (own, other)
+        visible = axis_sees(of_query, of_key, length, KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY) & (row < ROWS)
+        bias = tl.where(visible, 0.0, float("-inf"))
+        if table is not None:
+            entry = (head * ROWS + row) * (2 * KERNEL[2] - 1) + of_key - of_query + KERNEL[2] - 1
+            bias += tl.load(table + entry, mask=visible, other=0.0).to(tl.float32) * LOG2_E
+        tl.store(columns + (tl.program_id(0) * STEPS + step).to(tl.int64) * (TILE[2] * BOX[2]) + cell, bias)
+
+
+@triton.jit
+def load_columns(
+    columns,
+    number,
+    of_tile,
+    of_box,
+    step,
+    length,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RANK: tl.constexpr,
+    TILE: tl.constexpr,
+    BOX: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
+    """What the pairs of a tile (rows) and a box add to their scores in base 2, -inf where they do not see each other.
+
+    Args:
+        number: of the geometry, counted over heads.
+        step: number of the box along the last axis.
+    """
+    ROWS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1)
+    CELLS: tl.constexpr = TILE[2] * BOX[2]
+    slot = tl.arange(0, BLOCK)
+    own, others = (of_tile[0][:, None], of_tile[1][:, None]), (of_box[0][None, :], of_box[1][None, :])
+    of_query, of_key = (others, own) if BY_KEY else (own, others)
+    row = row_offset(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK, BY_KEY)
+    begin = number.to(tl.int64) * ((ROWS + 1) * STEPS * CELLS) + step * CELLS
+    cell = (slot % TILE[2] * BOX[2])[:, None] + (slot % BOX[2])[None, :]
+    return tl.load(columns + begin + (row * (STEPS * CELLS) + cell))
