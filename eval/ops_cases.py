@@ -13,9 +13,9 @@ from ..kernels import (
     aggregated_attention,
     backend,
     halo_attention,
-    neighborhood_attention,
+    neighborhood_attention_packed,
     routed_attention,
-    window_attention,
+    window_attention_packed,
 )
 
 KERNEL_SIZE = 7
@@ -136,11 +136,11 @@ def _ours(call: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
 
 
 def _neighborhood(packed: Tensor, table: Tensor) -> Tensor:
-    return neighborhood_attention(*packed.unbind(3), KERNEL_SIZE, relative_position_bias=table)
+    return neighborhood_attention_packed(packed, KERNEL_SIZE, relative_position_bias=table)
 
 
 def _window(packed: Tensor, table: Tensor) -> Tensor:
-    return window_attention(*packed.unbind(3), KERNEL_SIZE, shift=KERNEL_SIZE // 2, relative_position_bias=table)
+    return window_attention_packed(packed, KERNEL_SIZE, shift=KERNEL_SIZE // 2, relative_position_bias=table)
 
 
 def _halo(packed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -38,6 +38,16 @@ PROGRAMS = {"forward_whole": 4096, "backward_whole": 1024, "backward_bias": 1024
 
 
 @triton.jit
+def _numbers(plan):
+    """The plan without constants: Triton 3.6 loses those of a tuple inside a loop."""
+    zero = tl.program_id(1)
+    batch, counts, size, step, spacing, shift = plan
+    counts, size = (counts[0] + zero, counts[1] + zero), (size[0] + zero, size[1] + zero)
+    step, spacing = (step[0] + zero, step[1] + zero), (spacing[0] + zero, spacing[1] + zero)
+    return batch + zero, counts, size, step, spacing, (shift[0] + zero, shift[1] + zero)
+
+
+@triton.jit
 def _unravel(index, rectangle):
     """The window (image, row, column) with a number in a rectangle (top, left, rows, columns) of windows."""
     top, left, rows, columns = rectangle
@@ -157,10 +167,12 @@ def bias_kernel(
     Args:
         tiles: (heads or 1, 4 or 1, BLOCK, BLOCK), where 4 are no axis, columns, rows and both, see :func:`_load_bias`.
     """
+    plan = _numbers(plan)
     TEARS: tl.constexpr = 4 if SHIFTED else 1
     head, tear = tl.program_id(0) // TEARS, tl.program_id(0) % TEARS
     slot = tl.arange(0, BLOCK)
     bias = _bias(table, head, slot[:, None], slot[None, :], WINDOW, WINDOW[1], PACK)
+    bias += tl.zeros([BLOCK, BLOCK], tl.float32)  # without a table it is the same for all queries
     if SHIFTED:
         counts = plan[1]
         window = (0, tear // 2 * (counts[0] - 1), tear % 2 * (counts[1] - 1))
@@ -236,6 +248,7 @@ def forward_whole_kernel(
     PRECISION: tl.constexpr,
 ):
     """Windows that fit into one block: one program has some blocks of windows, for one head."""
+    plan = _numbers(plan)
     head, tear, rectangle, first, stop = _blocks_of_program(plan, heads, share, PACK, SHIFTED)
     slot = tl.arange(0, BLOCK)
     bias = _load_bias(tiles, head, tear, SHIFTED, PER_HEAD, BLOCK)
@@ -282,6 +295,7 @@ def backward_whole_kernel(
 
     Slots without a token have zeros for query, key, value and gradient, and so add nothing to any sum.
     """
+    plan = _numbers(plan)
     head, tear, rectangle, first, stop = _blocks_of_program(plan, heads, share, PACK, SHIFTED)
     slot = tl.arange(0, BLOCK)
     bias = _load_bias(tiles, head, tear, SHIFTED, PER_HEAD, BLOCK)
@@ -339,6 +353,7 @@ def forward_kernel(
 ):
     """One program: the queries of one part of a window, for one head."""
     SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    plan = _numbers(plan)
     head, window, slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
     position, valid = _locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
@@ -388,6 +403,7 @@ def backward_query_kernel(
 ):
     """One program: the gradient of one part of the queries of a window, and delta, the sum of output times gradient."""
     SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    plan = _numbers(plan)
     head, window, slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
     position, valid = _locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
     grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
@@ -432,6 +448,7 @@ def backward_key_kernel(
 ):
     """One program: the gradients of one part of the keys and values of a window. Scores have keys as rows."""
     SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    plan = _numbers(plan)
     head, window, key_slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
     key_position, key_valid = _locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
     keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
@@ -481,6 +498,7 @@ def backward_bias_kernel(
     """One program: the gradient of the scores of a part of queries with a part of keys, summed over some windows."""
     PARTS: tl.constexpr = (WINDOW[0] * WIDTH + BLOCK - 1) // BLOCK
     head = tl.program_id(0) % heads
+    plan = _numbers(plan)
     parts = tl.program_id(0) // heads % (PARTS * PARTS)
     chunk = tl.program_id(0) // (heads * PARTS * PARTS)
     slot = parts // PARTS * BLOCK + tl.arange(0, BLOCK)

@@ -62,11 +62,13 @@ def test_other_streams(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nat_pico", "maxvit_pico", "transnext_pico", "biformer_pico", "halonet_pico"])
-def test_compiled_training_step(name: str) -> None:
+def test_compiled_training_step(name: str, request: pytest.FixtureRequest) -> None:
     """torch.compile(fullgraph) with inductor: the same loss and gradients, up to the order of its float32 sums."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3).eval()
     images = torch.randn(2, *model.default_cfg["input_size"])
+    torch.set_default_device(None)  # torch 2.11 cannot trace through a default device
+    request.addfinalizer(lambda: torch.set_default_device("cuda"))
     parameters = list(model.parameters())
     results = []
     for network in (model, torch.compile(model, fullgraph=True)):
