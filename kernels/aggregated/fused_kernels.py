@@ -137,7 +137,7 @@ def forward_kernel(
     local = _local_bias(local_bias, head, of_column[None, :] - of_row[:, None], near & inside[None, :], WINDOW)
     token = tokens[0] * plan[0][1] + tokens[1]
     cell = tl.arange(0, STEP)
-    for image in tl.range(images[0], images[1], disable_licm=True):
+    for image in range(images[0], images[1]):
         position = (image, tokens[0], tokens[1])
         queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, (image, box[0], box[1]), head, inside, HEAD_DIM, CHANNELS)
@@ -216,7 +216,7 @@ def backward_query_kernel(
     local = _local_bias(local_bias, head, of_column[None, :] - of_row[:, None], near & inside[None, :], WINDOW)
     token = tokens[0] * plan[0][1] + tokens[1]
     cell = tl.arange(0, STEP)
-    for image in tl.range(images[0], images[1], disable_licm=True):
+    for image in range(images[0], images[1]):
         position = (image, tokens[0], tokens[1])
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
         statistics = load_logsumexp(logsumexp, position, head, valid)[:, None]
@@ -305,7 +305,7 @@ def backward_key_kernel(
     visible = near & valid[:, None] & inside[None, :]
     local = _local_bias(local_bias, head, of_column[None, :] + of_row[:, None], visible, WINDOW)
     of_bias = tl.zeros([BLOCK, BOX], tl.float32)
-    for image in tl.range(images[0], images[1], disable_licm=True):
+    for image in range(images[0], images[1]):
         position, asking = (image, tokens[0], tokens[1]), (image, box[0], box[1])
         keys, values = load_maps(key, value, position, head, valid, HEAD_DIM, CHANNELS)
         queries, grads = load_maps(query, grad_output, asking, head, inside, HEAD_DIM, CHANNELS)
