@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from vicinal.train.data import TrainSampler
 from vicinal.train.decoding import UnreadableImage
 from vicinal.train.distributed import World
 from vicinal.train.loader import Batches, BrokenImages
+from vicinal.train.order import TrainSampler
 from vicinal.train.shards import Example
 from vicinal.train.streams import StreamImages
 
