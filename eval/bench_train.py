@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -19,33 +20,34 @@ from ..train.distributed import World
 from ..train.errors import UserError
 from ..train.images import FolderImages
 from ..train.loop import Trainer
-from .measure import least_cpu_times, report
+from .measure import report, turns_of_cpu_time
 
 CPU = torch.device("cpu")
 POLICY = "rand-m9-mstd0.5-inc1"
+QUARTERS = 4
 JPEG_SIZE = (500, 375)
 """Width and height of the images for the loaders: the median of ImageNet."""
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure training on the CPU: least process CPU time of turns that alternate."""
+    """Measure training on the CPU: the median process CPU time of short turns that alternate."""
 
     model: str = "test_vit"
     """Network of the loop's benchmark, at 32 px; the smaller, the more a loop's own cost shows."""
     batch_size: int = 32
     """Images of an update, and of a loader's batch."""
-    images: int = 256
+    images: int = 64
     """JPEGs that each loader reads in a turn; they are made for it."""
-    repeats: int = 10
-    """Turns of which the fastest counts."""
+    turns: int = 80
+    """Turns of each; a quarter of them should give nearly the ratio of all."""
     csv: Path | None = None
     """Also write the table to this file."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "images", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name, least in {"batch_size": 1, "images": 1, "turns": QUARTERS}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
         if self.images < self.batch_size:
             raise UserError(f"--images {self.images}: must be at least --batch-size {self.batch_size}")
 
@@ -60,6 +62,8 @@ class Row:
     cpu_ms_per_image: float
     throughput_ratio: float
     """Images per second of ours over those of the other."""
+    by_quarters: str
+    """The same of each quarter of the turns, least and largest: how far to trust it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,8 +92,7 @@ def measure_loop(options: BenchOptions, folder: Path) -> list[Row]:
     bare = Trainer(replace(config, run=replace(config.run, output=str(folder / "bare"))), World(CPU)).parts
     calls = {"ours": lambda: _train_epoch(trainer), "bare": lambda: _bare_epoch(bare)}
     images = len(bare.batches) * options.batch_size
-    # Short turns, and many: some of them meet a quiet moment of the machine.
-    return _rows("loop", f"{images} x 32 px", images, least_cpu_times(calls, 8 * options.repeats))
+    return _rows("loop", f"{images} x 32 px", images, turns_of_cpu_time(calls, options.turns))
 
 
 def _train_epoch(trainer: Trainer) -> None:
@@ -119,7 +122,7 @@ def measure_loaders(options: BenchOptions, folder: Path) -> list[Row]:
     }
     images = options.images // options.batch_size * options.batch_size
     size = "x".join(map(str, JPEG_SIZE))
-    return _rows("loader", f"{images} x {size}", images, least_cpu_times(calls, options.repeats))
+    return _rows("loader", f"{images} x {size}", images, turns_of_cpu_time(calls, options.turns))
 
 
 def write_jpegs(folder: Path, count: int) -> None:
@@ -174,5 +177,13 @@ def _timm_loader(options: BenchOptions, folder: Path, spec: InputSpec) -> Callab
     return load
 
 
-def _rows(part: str, images: str, count: int, times: dict[str, float]) -> list[Row]:
-    return [Row(part, name, images, 1000 * seconds / count, seconds / times["ours"]) for name, seconds in times.items()]
+def _rows(part: str, images: str, count: int, times: dict[str, list[float]]) -> list[Row]:
+    """Medians: on a busy machine their ratio moves by half a percent where that of the least times moves by two."""
+    rows, ours = [], times["ours"]
+    length = len(ours) // QUARTERS
+    for name, turns in times.items():
+        quarters = (slice(start, start + length) for start in range(0, QUARTERS * length, length))
+        ratios = [median(turns[quarter]) / median(ours[quarter]) for quarter in quarters]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        rows.append(Row(part, name, images, 1000 * median(turns) / count, median(turns) / median(ours), spread))
+    return rows

@@ -1,7 +1,8 @@
 """How the benchmarks measure and report.
 
 Every implementation of a case runs in turn, again and again, inside one process, and the least process CPU time of each
-counts: other work on the machine slows all of them alike. Ratios inside one run count; times of two runs do not.
+counts (for training, where differences of a percent matter, the median): other work on the machine slows all of them
+alike. Ratios inside one run count; times of two runs do not.
 """
 
 import csv
@@ -40,6 +41,19 @@ def least_cpu_times(calls: dict[str, Callable[[], None]], repeats: int) -> dict[
             start = time.process_time()
             call()
             times[name] = min(times[name], time.process_time() - start)
+    return times
+
+
+def turns_of_cpu_time(calls: dict[str, Callable[[], None]], turns: int) -> dict[str, list[float]]:
+    """Seconds of process CPU time of every turn; the calls take turns, and swap who comes first."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns):
+        for name in list(calls)[:: 1 if turn % 2 else -1]:
+            start = time.process_time()
+            calls[name]()
+            times[name].append(time.process_time() - start)
     return times
 
 

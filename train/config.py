@@ -87,7 +87,7 @@ class DataConfig:
     """Images, and how they reach the network."""
 
     name: Annotated[str, tyro.conf.arg(name="data")] = "digits"
-    """digits, mnist, a folder of images, tar, WebDataset or parquet shards, hfds/NAME, torch/NAME, or synthetic."""
+    """digits, mnist, synthetic, a folder of images or shards, hfds/NAME, torch/NAME; streamed: hfids/NAME, wds/ROOT."""
     data_dir: str | None = None
     """Where torch/NAME lies, and where hfds/NAME is kept."""
     download: bool = False
@@ -112,6 +112,12 @@ class DataConfig:
     """Share of the resized image that the evaluation's centre crop keeps; the model's own if not given."""
     max_broken: int = 0
     """Images of the whole run that may be unreadable: another one takes their place; one more stops the run."""
+    num_classes: int | None = None
+    """Number of classes, of a stream whose shards do not say it."""
+    stream_lanes: int = 64
+    """Shards of a stream that all processes together read at a time; best a multiple of all their workers."""
+    shuffle_buffer: int = 8192
+    """Images of a stream that all processes together hold while their order is shuffled."""
 
     def __post_init__(self):
         _check(self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1")
@@ -119,6 +125,11 @@ class DataConfig:
         _check(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
         _check(0 < self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must lie between 0 and 1")
         _check(self.max_broken >= 0, f"--max-broken {self.max_broken}: must be at least 0")
+        is_stream = self.name.startswith(("hfids/", "wds/"))
+        _check(self.num_classes is None or is_stream, "--num-classes is for streams: other data says it by itself")
+        _check(self.num_classes is None or self.num_classes >= 1, f"--num-classes {self.num_classes}: at least 1")
+        _check(self.stream_lanes >= 1, f"--stream-lanes {self.stream_lanes}: must be at least 1")
+        _check(self.shuffle_buffer >= 0, f"--shuffle-buffer {self.shuffle_buffer}: must be at least 0")
         _check(self.crop_pct is None or 0 < self.crop_pct <= 1, f"--crop-pct {self.crop_pct}: must lie in (0, 1]")
 
 

@@ -1,7 +1,6 @@
-"""The order in which a run sees its images, the changes to them, and their last steps on the device."""
+"""Images on their way to the network: the changes to them, and their last steps on the device."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,23 +8,16 @@ from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from .config import AugmentationConfig, DataConfig
 from .distributed import World
-from .errors import UserError
 from .images import Images, UnreadableImage
 from .loader import IGNORED_TARGET, Batches, BrokenImages, resolve_workers
+from .order import EvalSampler, SampleKey, TrainSampler
 from .randomness import seed_host, stream_seed
-
-
-class SampleKey(NamedTuple):
-    """What identifies one training example, and keys its random changes."""
-
-    epoch: int
-    index: int
-    repeat: int
+from .streams import StreamImages
 
 
 class TrainDataset(Dataset):
@@ -71,83 +63,6 @@ class EvalDataset(Dataset):
             return self.transform(self.images.load(index)), self.images.targets[index], ()
         except UnreadableImage as error:
             return self.transform(Image.new("RGB", (32, 32))), IGNORED_TARGET, (str(error),)
-
-
-class TrainSampler(Sampler[list[SampleKey]]):
-    """This process's batches of one epoch, a pure function of (seed, epoch).
-
-    Batch b of all processes together is one run of positions of the epoch's order; a process takes every
-    ``world.size``-th of them, so that the same order is seen on any number of processes, and the repeats of an image
-    fall to different ones. Images that do not fill a last batch wait for the next epoch's order.
-
-    Attributes:
-        epoch: the epoch of the next pass.
-        position: positions of the epoch's order that lie behind the run; the next pass goes on from there.
-        skip: batches that the next pass leaves out after that.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int, world: World):
-        self.num_images, self.batch_size = num_images, batch_size
-        self.seed, self.repeats, self.world = seed, repeats, world
-        self.epoch = self.position = self.skip = 0
-        if self.per_epoch == 0:
-            raise UserError(
-                f"--batch-size {batch_size} on {world.size} processes exceeds the {num_images} training images"
-            )
-
-    @property
-    def width(self) -> int:
-        """Images of a batch of all processes together."""
-        return self.batch_size * self.world.size
-
-    @property
-    def per_epoch(self) -> int:
-        """Batches of a whole epoch."""
-        return self.num_images // self.width
-
-    def begin(self, epoch: int, position: int = 0) -> None:
-        """Let the next pass show an epoch, from a position on."""
-        self.epoch, self.position, self.skip = epoch, position, 0
-
-    def __len__(self) -> int:
-        return max(0, (self.num_images - self.position) // self.width - self.skip)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        generator = torch.Generator().manual_seed(stream_seed("order", self.seed, self.epoch))
-        indices = torch.randperm(self.num_images, generator=generator)
-        # Stays a tensor: a million keys would take seconds and hundreds of megabytes in every process.
-        indices = indices.repeat_interleave(self.repeats)[: self.num_images]
-        first, stride = self.position + self.skip * self.width + self.world.rank, self.world.size
-        for start in range(first, first + len(self) * self.width, self.width):
-            positions = range(start, start + self.batch_size * stride, stride)
-            own = indices[start : positions[-1] + 1 : stride].tolist()
-            yield [
-                SampleKey(self.epoch, index, position % self.repeats)
-                for index, position in zip(own, positions, strict=True)
-            ]
-
-
-class EvalSampler(Sampler[list[int]]):
-    """This process's batches of the held-out images, in order.
-
-    Every process gets the same number of batches of the same sizes, filled up by wrapping around, because sharded
-    models communicate in every forward pass; only the first ``num_valid`` examples are to be counted.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, world: World):
-        self.num_images, self.batch_size = num_images, batch_size
-        self.skip = 0
-        share = math.ceil(num_images / world.size)
-        self.indices = [index % num_images for index in range(world.rank, share * world.size, world.size)]
-        self.num_valid = len(range(world.rank, num_images, world.size))
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.indices) / self.batch_size) - self.skip
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first, self.skip = self.skip * self.batch_size, 0
-        for start in range(first, len(self.indices), self.batch_size):
-            yield self.indices[start : start + self.batch_size]
 
 
 class InputSpec(NamedTuple):
@@ -287,8 +202,9 @@ def train_batches(
 ) -> Batches:
     """This process's training batches; ``sampler.begin`` chooses the epoch before each pass."""
     dataset = TrainDataset(images, train_transform(augmentation, spec), seed)
-    sampler = TrainSampler(len(images.targets), data.batch_size, seed, augmentation.repeats, world)
-    return Batches(dataset, sampler, resolve_workers(data), world.device, broken or BrokenImages(data.max_broken))
+    workers, stream = resolve_workers(data), images if isinstance(images, StreamImages) else None
+    sampler = TrainSampler(len(images.targets), data.batch_size, seed, augmentation.repeats, world, stream, workers)
+    return Batches(dataset, sampler, workers, world.device, broken or BrokenImages(data.max_broken))
 
 
 def eval_batches(

@@ -16,6 +16,7 @@ from .config import DataConfig
 from .decoding import UnreadableImage, decode
 from .errors import UserError, first_line, nearest
 from .readers import (
+    SPLITS,
     TarImages,
     TorchvisionImages,
     WebDatasetImages,
@@ -25,8 +26,8 @@ from .readers import (
     open_hugging_face,
     open_synthetic,
 )
-
-_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+from .shards import find_parquet_shards, find_tar_shards
+from .streams import StreamImages
 
 
 class Images(Protocol):
@@ -109,14 +110,33 @@ def open_images(config: DataConfig) -> tuple[Images, Images]:
     elif kind == "torch":
         splits = ("train", "validation")
         found = [TorchvisionImages(config.name, split, config.data_dir, config.download) for split in splits]
-    elif kind in ("hfids", "wds", "tfds"):
+    elif kind in ("hfids", "wds"):
+        found = _open_stream(config)
+    elif kind == "tfds":
         raise UserError(
-            f"--data {config.name}: a stream cannot be resumed in its middle; give the folder of the shards or of the "
-            "parquet files, or hfds/NAME, which are read in any order"
+            f"--data {config.name}: a stream of TensorFlow cannot be resumed in its middle; give hfds/NAME, or a folder"
         )
     else:
         found = _open_path(config)
     return tuple(found) if len(found) == 2 else split_by_class(found[0], config.val_fraction, config.split_seed)
+
+
+def _open_stream(config: DataConfig) -> list[StreamImages]:
+    """The training and the held-out part of ``hfids/NAME`` or ``wds/ROOT``, names that timm has for them."""
+    kind, _, name = config.name.partition("/")
+    splits = find_parquet_shards(name) if kind == "hfids" else find_tar_shards(name)
+    for split in SPLITS:
+        if not splits.get(split):
+            raise UserError(f"--data {config.name}: no shards of a {split} split, which a stream needs")
+    train, held_out = (splits[split]() for split in SPLITS)
+    classes = train.classes
+    if classes is None:
+        if config.num_classes is None:
+            raise UserError(f"--data {config.name}: its shards do not say how many classes there are: --num-classes N")
+        classes = [str(index) for index in range(config.num_classes)]
+    if config.num_classes not in (None, len(classes)):
+        raise UserError(f"--num-classes {config.num_classes}: {config.name} has {len(classes)}")
+    return [StreamImages(train, classes, config.stream_lanes, config.shuffle_buffer), StreamImages(held_out, classes)]
 
 
 def _open_path(config: DataConfig) -> list[Images]:
@@ -128,13 +148,13 @@ def _open_path(config: DataConfig) -> list[Images]:
         known = (*IN_MEMORY, "synthetic")
         hint = nearest(config.name, known) or f"give a folder of images or one of {', '.join(known)}"
         raise UserError(f"--data {config.name}: no such folder; {hint}")
-    if parquet := find_parquet(root, _SPLIT_FOLDERS):
+    if parquet := find_parquet(root, SPLITS):
         return open_hugging_face(config.name, config.data_dir, parquet)
-    shards = {split: find_shards(root, names) for split, names in _SPLIT_FOLDERS.items()}
+    shards = {split: find_shards(root, names) for split, names in SPLITS.items()}
     if shards["train"] and is_webdataset(shards["train"][0]):
         train = WebDatasetImages(shards["train"])
         return [train, *([WebDatasetImages(shards["val"], len(train.classes))] if shards["val"] else [])]
-    folders = {split: _find_folder(root, names) for split, names in _SPLIT_FOLDERS.items()}
+    folders = {split: _find_folder(root, names) for split, names in SPLITS.items()}
     train = _open_folder(folders["train"] or root)
     if folders["train"] is None or folders["val"] is None:
         return [train]

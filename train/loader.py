@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class BrokenImages:
 
 def collate(examples: list[tuple[Tensor, int, tuple[str, ...]]]) -> tuple[Tensor, Tensor, list[str]]:
     """Stack images and targets; the messages of the images that could not be read follow them."""
+    if not examples:  # the part of a worker that has none of a batch
+        return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), []
     images, targets, messages = zip(*examples, strict=True)
     return _stack(images), torch.tensor(targets), [message for group in messages for message in group]
 
@@ -79,7 +82,7 @@ class Batches:
 
     Args:
         dataset: (image, target, messages of images that could not be read) by the sampler's keys.
-        sampler: lists of keys; its ``skip`` leaves out the first batches.
+        sampler: lists of keys, of which ``parts`` make up a batch; its ``skip`` leaves out the first batches.
         workers: loader processes, 0 for none.
         device: pins memory where it is CUDA.
         broken: counts the images that could not be read; raises :class:`UnreadableImage` past its limit.
@@ -114,7 +117,7 @@ class Batches:
         start, done, attempts = self.sampler.skip, 0, 0
         while True:
             try:
-                for images, targets, messages in _iterate(self._loader):
+                for images, targets, messages in _join(_iterate(self._loader), self.sampler.parts):
                     for message in messages:
                         self.broken.add(message)
                     done += 1
@@ -151,6 +154,15 @@ def _iterate(loader: DataLoader) -> Iterator:
     if is_main and handler is not None:
         signal.signal(signal.SIGCHLD, handler)
     return iterator
+
+
+def _join(parts: Iterator, count: int) -> Iterator:
+    """Whole batches. The loader hands lists out in turn, so that a worker gets the same part of every batch."""
+    if count == 1:
+        yield from parts
+    while group := [part for part in islice(parts, count) if len(part[1])]:
+        images, targets, messages = zip(*group, strict=True)
+        yield torch.cat(images), torch.cat(targets), [message for part in messages for message in part]
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:

@@ -20,11 +20,13 @@ from timm.utils.misc import natural_key
 from .decoding import UnreadableImage, decode
 from .errors import UserError, first_line
 
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+"""What the parts of a data set are called."""
 IMAGENET = (1281167, 50000, 1000)
 """Training images, held-out images and classes of ImageNet-1k."""
 
 
-class _Slice(NamedTuple):
+class Slice(NamedTuple):
     """Where an image lies in an archive, in bytes."""
 
     offset: int
@@ -86,7 +88,7 @@ def _open_archive(path: Path) -> Iterator[tarfile.TarFile]:
         raise UserError(f"--data: cannot read shard {path}: {first_line(error)}") from error
 
 
-def _walk(archive: tarfile.TarFile, label: str, start: int = 0) -> Iterator[tuple[str, str, _Slice]]:
+def _walk(archive: tarfile.TarFile, label: str, start: int = 0) -> Iterator[tuple[str, str, Slice]]:
     """Class, name and place of each image.
 
     Args:
@@ -100,7 +102,7 @@ def _walk(archive: tarfile.TarFile, label: str, start: int = 0) -> Iterator[tupl
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
                 yield from _walk(inner, path.stem, place)
         elif member.isfile() and path.suffix.lower() in extensions:
-            yield path.parent.name or label, path.name, _Slice(place, member.size)
+            yield path.parent.name or label, path.name, Slice(place, member.size)
 
 
 class WebDatasetImages:
@@ -131,23 +133,28 @@ class WebDatasetImages:
         return _load_slice(self.shards[shard], offset, size)
 
 
-def _read_shard(path: Path) -> Iterator[tuple[_Slice, int]]:
-    extensions = get_img_extensions(as_set=True)
-    image: tuple[str, _Slice] | None = None
-    target: tuple[str, int] | None = None
+def _read_shard(path: Path) -> Iterator[tuple[Slice, int]]:
     with _open_archive(path) as archive:
-        for member in archive:
-            folder, _, base = member.name.rpartition("/")
-            stem, _, ending = base.partition(".")
-            key = f"{folder}/{stem}"
-            if f".{ending.lower()}" in extensions:
-                image = key, _Slice(member.offset_data, member.size)
-            elif ending in ("cls", "json"):
-                label = _read_label(archive.extractfile(member).read(), ending)
-                target = (key, label) if label is not None else target
-            if image and target and image[0] == target[0]:
-                yield image[1], target[1]
-                image = target = None
+        yield from read_pairs(archive)
+
+
+def read_pairs(archive: tarfile.TarFile) -> Iterator[tuple[Slice, int]]:
+    """Place and class index of each image of a WebDataset shard, in its order."""
+    extensions = get_img_extensions(as_set=True)
+    image: tuple[str, Slice] | None = None
+    target: tuple[str, int] | None = None
+    for member in archive:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key = f"{folder}/{stem}"
+        if f".{ending.lower()}" in extensions:
+            image = key, Slice(member.offset_data, member.size)
+        elif ending in ("cls", "json"):
+            label = _read_label(archive.extractfile(member).read(), ending)
+            target = (key, label) if label is not None else target
+        if image and target and image[0] == target[0]:
+            yield image[1], target[1]
+            image = target = None
 
 
 def _read_label(content: bytes, ending: str) -> int | None:

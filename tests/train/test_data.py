@@ -7,10 +7,8 @@ from PIL import Image
 
 from vicinal.train.config import AugmentationConfig, DataConfig
 from vicinal.train.data import (
-    EvalSampler,
     InputSpec,
     Preprocess,
-    TrainSampler,
     eval_batches,
     train_batches,
     train_transform,
@@ -19,6 +17,7 @@ from vicinal.train.distributed import World
 from vicinal.train.errors import UserError
 from vicinal.train.images import FolderImages, UnreadableImage, open_images
 from vicinal.train.loader import resolve_workers
+from vicinal.train.order import EvalSampler, TrainSampler
 from vicinal.train.randomness import seed_host, stream_seed
 
 CPU = torch.device("cpu")

@@ -6,6 +6,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -79,6 +81,41 @@ def test_disk_that_takes_no_more(train, records, capsys):
     assert train(*arguments, "--epochs", 2, "--resume", "auto", output="parts")[0] == 0
     assert records(parts) == records(whole)
     assert_identical(weights(parts), weights(whole))
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=32m tmpfs disk || exit 77
+"$@" --epochs 1 || exit 1
+cat /dev/zero > disk/filler 2> /dev/null
+truncate -s -2M disk/filler
+"$@" --epochs 2; echo "code $?"
+cp -r disk/run when_full
+rm disk/filler
+"$@" --epochs 2 || exit 1
+cp -r disk/run at_the_end
+"""
+
+
+@pytest.mark.slow
+def test_full_file_system(tmp_path, small, train, records):
+    """A file system of 32 MB in a namespace of its own, filled up to two: a checkpoint has nearly four."""
+    arguments = ("--schedule", "constant")
+    _, whole = train(*arguments, "--epochs", 2, output="whole")
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, "-m", "vicinal.train", *small, *arguments, "--output", "disk/run", "--resume", "auto"]
+    shell = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", *command]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this system lets users mount nothing")
+    assert done.returncode == 0, done.stderr
+    assert "code 1" in done.stdout
+    assert "cannot write checkpoint disk/run/last" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "last/ of before is intact" in done.stderr
+    assert find_damage(tmp_path / "when_full" / "last") is None
+    assert not list((tmp_path / "when_full").glob(".*.partial"))
+    assert records(tmp_path / "at_the_end") == records(whole)
+    assert_identical(weights(tmp_path / "at_the_end"), weights(whole))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "unlisted"])
@@ -233,7 +270,7 @@ class Suicidal(Dataset):
 class InOrder(Sampler):
     """Eight batches of one."""
 
-    skip = 0
+    skip, parts = 0, 1
 
     def __len__(self):
         return 8 - self.skip

@@ -3,11 +3,23 @@
 import io
 import json
 import sys
-import tarfile
 
+import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
+from layouts import (
+    HELD_OUT,
+    TRAIN,
+    digit_samples,
+    write_class_tars,
+    write_folders,
+    write_parquet,
+    write_tar_of_tars,
+    write_webdataset,
+    write_webdataset_with_json,
+)
 from PIL import Image
 
 from vicinal.__main__ import main
@@ -16,96 +28,14 @@ from vicinal.train.data import InputSpec, eval_transform, train_batches
 from vicinal.train.decoding import UnreadableImage
 from vicinal.train.distributed import World
 from vicinal.train.errors import UserError
-from vicinal.train.images import load_digits, open_images
+from vicinal.train.images import open_images
 
 SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
-TRAIN, HELD_OUT = 500, 40
-
-
-def png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def add_file(archive, name, content):
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    archive.addfile(entry, io.BytesIO(content))
 
 
 @pytest.fixture(scope="module")
 def samples():
-    """(split, class name, file name, content) in the order of the class and of the name."""
-    digits = load_digits()
-    found = []
-    for split, first, count in (("train", 0, TRAIN), ("val", TRAIN, HELD_OUT)):
-        for index in sorted(range(first, first + count), key=lambda index: (digits.targets[index], index)):
-            found.append(
-                (split, str(digits.targets[index]), f"{digits.targets[index]}-{index:04d}.png", png(digits.load(index)))
-            )
-    return found
-
-
-def write_folders(root, samples):
-    for split, label, name, content in samples:
-        (root / split / label).mkdir(parents=True, exist_ok=True)
-        (root / split / label / name).write_bytes(content)
-
-
-def write_class_tars(root, samples):
-    for split, label in sorted({sample[:2] for sample in samples}):
-        (root / split).mkdir(exist_ok=True)
-        with tarfile.open(root / split / f"{label}.tar", "w") as archive:
-            for _, _, name, content in (sample for sample in samples if sample[:2] == (split, label)):
-                add_file(archive, name, content)
-
-
-def write_tar_of_tars(root, samples):
-    write_class_tars(root, samples)
-    for split in ("train", "val"):
-        parts = sorted((root / split).glob("*.tar"))
-        with tarfile.open(root / split / "all.tar", "w") as archive:
-            for part in parts:
-                archive.add(part, part.name)
-                part.unlink()
-
-
-def write_webdataset(root, samples, per_shard=120):
-    for split in ("train", "val"):
-        own = [sample for sample in samples if sample[0] == split]
-        for number, start in enumerate(range(0, len(own), per_shard)):
-            with tarfile.open(root / f"digits-{split}-{number:04d}.tar", "w") as archive:
-                for _, label, name, content in own[start : start + per_shard]:
-                    add_file(archive, name.replace(".png", ".cls"), label.encode())
-                    add_file(archive, name, content)
-
-
-def write_webdataset_with_json(root, samples):
-    for split in ("train", "val"):
-        (root / split).mkdir()
-        with tarfile.open(root / split / "0.tar", "w") as archive:
-            for _, label, name, content in (sample for sample in samples if sample[0] == split):
-                add_file(archive, name, content)
-                meta = json.dumps({"label": int(label), "filename": name}).encode()
-                add_file(archive, name.replace(".png", ".json"), meta)
-
-
-def write_parquet(root, samples):
-    import datasets
-
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
-    for split, name in (("train", "train"), ("val", "validation")):
-        rows = [
-            {"image": {"bytes": content, "path": file}, "label": int(label)}
-            for part, label, file, content in samples
-            if part == split
-        ]
-        for number, half in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
-            part = datasets.Dataset.from_list(half, features=features)
-            part.to_parquet(root / f"{name}-{number:05d}-of-00002.parquet")
+    return digit_samples()
 
 
 LAYOUTS = {
@@ -115,6 +45,9 @@ LAYOUTS = {
     "webdataset": (write_webdataset, "{root}"),
     "webdataset, json": (write_webdataset_with_json, "{root}"),
     "parquet": (write_parquet, "{root}"),
+    "webdataset, streamed": (write_webdataset, "wds/{root}"),
+    "webdataset in folders, streamed": (write_webdataset_with_json, "wds/{root}"),
+    "parquet, streamed": (write_parquet, "hfids/{root}"),
     "torchvision": (write_folders, "torch/image_folder"),
 }
 
@@ -165,6 +98,106 @@ def test_order_and_changes_are_those_of_a_folder(layout, workers, tmp_path, samp
         assert torch.equal(targets, labels)
 
 
+@pytest.mark.parametrize(("kind", "write"), [("wds", write_webdataset), ("hfids", write_parquet)])
+def test_a_stream_has_another_order_and_the_same_changes(kind, write, tmp_path, samples, folder_epoch):
+    write(tmp_path, samples)
+    config = DataConfig(name=f"{kind}/{tmp_path}", stream_lanes=3, shuffle_buffer=60, batch_size=50)
+    found = epoch_of(config, workers=2)
+    for (images, targets), (same_images, same_targets) in zip(found, epoch_of(config, workers=0), strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(targets, same_targets)
+
+    def examples(batches):
+        pairs = (pair for batch in batches for pair in zip(*batch, strict=True))
+        return [(int(target), image.numpy().tobytes()) for image, target in pairs]
+
+    assert examples(found) != examples(folder_epoch)
+    assert sorted(examples(found)) == sorted(examples(folder_epoch))
+
+
+@pytest.fixture
+def remote(tmp_path, samples):
+    """WebDataset shards behind a URL, and what ``_info.json`` says of them; write it to have it there."""
+    write_webdataset(tmp_path, samples)
+    files = fsspec.filesystem("memory")
+    files.put(str(tmp_path), "/digits", recursive=True)
+    lengths = {"train": [120, 120, 120, 120, 20], "val": [40]}
+    info = {
+        split: {"filenames": [f"digits-{split}-{number:04d}.tar" for number in range(len(own))], "shard_lengths": own}
+        for split, own in lengths.items()
+    }
+
+    def write_info():
+        files.pipe("/digits/_info.json", json.dumps({"splits": info}).encode())
+        return info
+
+    yield write_info
+    files.rm("/digits", recursive=True)
+
+
+def test_shards_behind_a_url(remote, samples):
+    remote()
+    train, held_out = open_images(DataConfig(name="wds/memory://digits", num_classes=10))
+    for images, split in ((train, "train"), (held_out, "val")):
+        own = [sample for sample in samples if sample[0] == split]
+        assert list(images.targets) == [int(label) for _, label, _, _ in own]
+        assert [images.example(index).content for index in range(len(own))] == [content for *_, content in own]
+
+
+def test_stream_of_a_data_set_by_its_name(tmp_path, samples, monkeypatch):
+    """As from the hub, whose data sets a builder resolves to their files; here it is given folders."""
+    builder_of = datasets.load_dataset_builder
+    for name, write in {"digits": write_parquet, "files": write_folders}.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, samples)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder_of(str(tmp_path / name.split("/")[1])))
+    train, held_out = open_images(DataConfig(name="hfids/someone/digits"))
+    assert list(train.classes) == [str(digit) for digit in range(10)]
+    assert list(train.targets) == [int(label) for split, label, _, _ in samples if split == "train"]
+    assert len(held_out.targets) == HELD_OUT
+    with pytest.raises(UserError, match="are not parquet, which hfds/someone/files reads too"):
+        open_images(DataConfig(name="hfids/someone/files"))
+
+
+def test_url_that_cannot_be_used(remote):
+    with pytest.raises(UserError, match="no shards of a train split"):
+        open_images(DataConfig(name="wds/memory://digits"))
+    info = remote()
+    with pytest.raises(UserError, match="--num-classes N"):
+        open_images(DataConfig(name="wds/memory://digits"))
+    info["train"]["shard_lengths"].pop()
+    remote()
+    with pytest.raises(UserError, match=r"_info.json lists 5 shards .* 4 lengths"):
+        open_images(DataConfig(name="wds/memory://digits", num_classes=10))
+    with pytest.raises(UserError, match="cannot open"):
+        open_images(DataConfig(name="wds/nothing://digits"))
+
+
+def test_streams_that_cannot_be_used(tmp_path, samples):
+    write_webdataset(tmp_path, [sample for sample in samples if sample[0] == "train"])
+    with pytest.raises(UserError, match="no shards of a val split"):
+        open_images(DataConfig(name=f"wds/{tmp_path}"))
+    write_webdataset(tmp_path, samples)
+    with pytest.raises(UserError, match="--num-classes 9"):
+        open_images(DataConfig(name=f"wds/{tmp_path}", num_classes=9))
+    (tmp_path / "digits-train-0001.tar").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"digits-train-0001\.tar"):
+        open_images(DataConfig(name=f"wds/{tmp_path}"))
+    with pytest.raises(UserError, match="--num-classes is for streams"):
+        DataConfig(name=str(tmp_path), num_classes=10)
+
+
+@pytest.mark.parametrize(("kind", "write"), [("wds", write_webdataset), ("hfids", write_parquet)])
+def test_broken_images_of_a_stream_are_named_and_counted(kind, write, tmp_path, samples, capsys):
+    spoilt = [(*sample[:3], sample[3][:60] if number == 130 else sample[3]) for number, sample in enumerate(samples)]
+    write(tmp_path, spoilt)
+    assert main(["data", "check", f"{kind}/{tmp_path}"]) == 1
+    shown = capsys.readouterr().out
+    assert "train: 500 images in 10 classes" in shown
+    name = "digits-train-0001.tar" if kind == "wds" else "train-00000-of-00002.parquet"
+    assert f"cannot read image {10 if kind == 'wds' else 130} of {tmp_path / name}" in shown
+
+
 def test_a_single_archive_is_split(tmp_path, samples):
     write_webdataset(tmp_path, samples, per_shard=1000)
     train, held_out = open_images(DataConfig(name=str(tmp_path / "digits-train-0000.tar"), val_fraction=0.2))
@@ -213,8 +246,8 @@ def test_held_out_class_without_training_images_is_refused(tmp_path, samples):
         ("synthetic/0/2", "give synthetic"),
         ("torch/nothing", "Unknown torchvision dataset nothing"),
         ("torch/cifar10", "--data torch/cifar10"),
-        ("hfids/anything", "a stream cannot be resumed"),
-        ("wds/anything", "a stream cannot be resumed"),
+        ("tfds/anything", "a stream of TensorFlow cannot be resumed"),
+        ("wds/anything", "no shards of a train split"),
         ("digit", "did you mean digits?"),
     ],
 )

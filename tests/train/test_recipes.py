@@ -8,9 +8,11 @@ import torch
 from vicinal.__main__ import main
 from vicinal.train.build import build_model, build_optimizer, build_scheduler
 from vicinal.train.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from vicinal.train.distributed import World
 from vicinal.train.errors import UserError
 from vicinal.train.rates import scale_rates
 from vicinal.train.recipe import find_recipe, list_recipes, read_recipe
+from vicinal.train.rehearse import dry_run
 
 # Published learning rates for 8 x 128 images (times the accumulation that a recipe brings): peak, start of the warm-up,
 # lowest. By the beginning of the recipe's name, the longest that fits.
@@ -62,6 +64,28 @@ def test_every_recipe_builds_its_model(path):
         model = build_model(replace(config.model, pretrained=False, weights=None), config.data.img_size, classes)
     assert model.num_classes == classes
     assert build_optimizer(model, config.optimizer).param_groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
+def test_every_recipe_makes_an_update_in_a_dry_run(path, tmp_path, monkeypatch, capsys):
+    """As it stands but for what a CPU and a machine without released weights cannot do: two images of 64 px."""
+    monkeypatch.chdir(tmp_path)
+    config, classes = load(path), 21841 if "21k" in path.stem else 1000
+    rates = scale_rates(replace(config, data=replace(config.data, batch_size=128)), 8)
+    config = replace(
+        rates,
+        model=replace(config.model, pretrained=False, weights=None, teacher=None),
+        data=replace(config.data, name=f"synthetic/{classes}/{classes}", img_size=64, batch_size=2, workers=0),
+        optimizer=replace(rates.optimizer, accumulation=1),
+        run=replace(config.run, device="cpu", precision="float32", threads=1),
+    )
+    dry_run(config, World(torch.device("cpu")))
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:10] if line[:1].isalpha())
+    assert shown["model"].startswith(config.model.name)
+    assert "(2, 3, 64, 64)" in shown["input"]
+    assert "loss" in shown["first"]
+    assert "loss nan" not in shown["first"]
 
 
 def test_recipe_says_only_what_differs_from_its_base(tmp_path):
