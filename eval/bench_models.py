@@ -19,6 +19,7 @@ from .. import zoo  # noqa: F401  registers our models with timm
 from ..kernels import backend
 from ..train.errors import UserError, nearest
 from .measure import least_times, peak_bytes, report, tracked
+from .official_mixers import official_mixers
 
 # Ours and timm's of the same architecture, at a size that both take.
 COUNTERPARTS = {
@@ -162,6 +163,9 @@ def _networks(
     if options.device == "cuda":
         yield "ours, tiled", (subject, partial(backend, "tiled"))
     yield "ours, plain attention", (subject, partial(plain_attention, subject))
+    official = official_mixers(subject.parts, subject.inputs) if options.part == "attention" else None
+    if official is not None:
+        yield "official mixers", (official, nullcontext)
     theirs = None
     if name in COUNTERPARTS and options.part == "model":
         theirs = _place(timm.create_model(COUNTERPARTS[name]), options)
