@@ -19,6 +19,7 @@ from .. import zoo  # noqa: F401  registers our models with timm
 from ..kernels import backend
 from ..train.errors import UserError, nearest
 from .measure import peak_bytes, report, step_times, tracked
+from .official_mixers import official_mixers
 
 # Ours and timm's of the same architecture, at a size that both take.
 COUNTERPARTS = {
@@ -159,9 +160,13 @@ def _networks(
     """What is compared: a network, and the context that it runs in."""
     subject = AttentionModules(ours, images) if options.part == "attention" else ours
     yield "ours", (subject, nullcontext)
-    if options.device == "cuda":
+    if options.device == "cuda":  # where the plain form of a batch of this size fills the memory
         yield "ours, tiled", (subject, partial(backend, "tiled"))
-    yield "ours, plain attention", (subject, partial(plain_attention, subject))
+    else:
+        yield "ours, plain attention", (subject, partial(plain_attention, subject))
+    official = official_mixers(subject.parts, subject.inputs) if options.part == "attention" else None
+    if official is not None:
+        yield "official mixers", (official, nullcontext)
     theirs = None
     if name in COUNTERPARTS and options.part == "model":
         theirs = _place(timm.create_model(COUNTERPARTS[name]), options)

@@ -46,7 +46,7 @@ class ChannelAttention(nn.Module):
         batch, height, width, channels = x.shape
         qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        weights = ((key * self.scale).transpose(-2, -1) @ value).softmax(dim=-1)
+        weights = (key.transpose(-2, -1) @ value * self.scale).softmax(dim=-1)
         x = query @ weights.transpose(-2, -1)
         return self.proj(x.transpose(1, 2).reshape(batch, height, width, channels))
 

@@ -18,12 +18,11 @@ from timm.layers import (
     use_fused_attn,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import GELU
-from .blocks.attention import WindowAttention
+from .blocks.attention import WindowAttention, attend_with_bias
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import DepthwiseMlp
 from .blocks.padding import crop, pad_to_multiple
@@ -107,13 +106,8 @@ class LowFrequencyAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of (B, heads, positions, head_dim) to (B, heads, windows, head_dim)."""
-        fused = self.fused_attn
-        if not torch.jit.is_scripting():
-            # the decomposition of scaled_dot_product_attention has other strides than the operator
-            fused = fused and not torch.onnx.is_in_onnx_export()
-        if fused:
-            rate = self.attn_drop.p if self.training else 0.0
-            return F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+        if self.fused_attn and not (self.training and self.attn_drop.p > 0.0):
+            return attend_with_bias(query, key, value, None, self.scale)
         weights = (query * self.scale @ key.transpose(-2, -1)).softmax(dim=-1)
         return self.attn_drop(weights) @ value
 

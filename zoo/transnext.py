@@ -174,7 +174,8 @@ class AggregatedAttention(LengthScaledAttention):
 
     def pool(self, x: Tensor) -> Tensor:
         """Pooled map (B, H // reduction, W // reduction, dim)."""
-        x = gelu(self.pool_proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        # the convolution as a linear layer of the channels-last map
+        x = gelu(F.linear(x, self.pool_proj.weight.flatten(1), self.pool_proj.bias))
         return self.pool_norm(pool_average(x, self.reduction))
 
     def attend(

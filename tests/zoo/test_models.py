@@ -13,6 +13,19 @@ from torch import Tensor, nn
 import vicinal.zoo  # noqa: F401
 
 NAMES = [name for name in timm.list_models("*pico*") if model_entrypoint(name).__module__.startswith("vicinal.")]
+SMALLEST = [
+    "nat_mini",
+    "dinat_mini",
+    "davit_tiny_vicinal",
+    "maxvit_tiny",
+    "biformer_tiny",
+    "transnext_micro",
+    "shvit_s1_vicinal",
+    "litv2_small",
+    "convit_tiny_vicinal",
+    "halonet26t_vicinal",
+    "halonet_h0",
+]
 SIZES = [(224, 224), (320, 256), (233, 271), (512, 384)]
 names = pytest.mark.parametrize("name", NAMES)
 
@@ -32,7 +45,7 @@ def image(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-@names
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALLEST)])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("batch", [0, 1])
 def test_any_size_trains_and_gives_a_pyramid_with_the_strides_that_it_states(name: str, size: tuple, batch: int):

@@ -3,10 +3,11 @@
 from functools import partial
 from typing import Callable, Optional
 
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import Tensor, nn
 
 from .activation import GELU
+from .mlp import Mlp
 from .position import ConvPositionEncoding
 
 
