@@ -1,0 +1,209 @@
+"""Kernels of window attention for windows of several blocks: an online softmax over blocks of keys, and gradients that
+are summed by the tokens that own them.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import (
+    accumulate,
+    gradient_of_weights,
+    load_logsumexp,
+    load_map,
+    load_maps,
+    load_statistics,
+    multiply,
+    start_softmax,
+    store_attention,
+    store_delta,
+    store_map,
+)
+from .places import bias_of, locate, numbers, scores_of, tear, unravel
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    table,
+    output,
+    logsumexp,
+    plan,
+    heads,
+    scale,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the queries of one part of a window, for one head."""
+    SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    plan = numbers(plan)
+    head, window, slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
+    position, valid = locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+    state = start_softmax(BLOCK, CHANNELS)
+    for start in range(0, SLOTS, BLOCK):
+        key_slot = start + tl.arange(0, BLOCK)
+        key_position, key_valid = locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+        keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
+        scores = scores_of(
+            queries, keys, bias_of(table, head, slot[:, None], key_slot[None, :], WINDOW, WIDTH, 1), scale, PRECISION
+        )
+        scores = tear(scores, slot, key_slot, window, plan, WINDOW, WIDTH, SHIFTED)
+        state = accumulate(state, scores, values, PRECISION)
+    store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
+
+
+@triton.jit
+def _part(heads, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program owns: head, window and the slots of a part of it."""
+    PARTS: tl.constexpr = (WINDOW[0] * WIDTH + BLOCK - 1) // BLOCK
+    part = tl.program_id(0) // heads % PARTS
+    window = unravel(tl.program_id(0) // (heads * PARTS), (0, 0, plan[1][0], plan[1][1]))
+    return tl.program_id(0) % heads, window, part * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def backward_query_kernel(
+    query,
+    key,
+    value,
+    table,
+    grad_output,
+    output,
+    logsumexp,
+    delta,
+    grad_query,
+    plan,
+    heads,
+    scale,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the gradient of one part of the queries of a window, and delta, the sum of output times gradient."""
+    SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    plan = numbers(plan)
+    head, window, slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
+    position, valid = locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+    grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
+    deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
+    if grad_query is not None:
+        queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+        statistics = (load_logsumexp(logsumexp, position, head, valid)[:, None], deltas[:, None])
+        sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
+        for start in range(0, SLOTS, BLOCK):
+            key_slot = start + tl.arange(0, BLOCK)
+            key_position, key_valid = locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+            keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
+            bias = bias_of(table, head, slot[:, None], key_slot[None, :], WINDOW, WIDTH, 1)
+            scores = scores_of(queries, keys, bias, scale, PRECISION)
+            scores = tear(scores, slot, key_slot, window, plan, WINDOW, WIDTH, SHIFTED)
+            _, of_scores = gradient_of_weights(scores, grads, values, statistics, PRECISION)
+            sums += multiply(of_scores, keys, PRECISION)
+        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
+
+
+@triton.jit
+def backward_key_kernel(
+    query,
+    key,
+    value,
+    table,
+    grad_output,
+    logsumexp,
+    delta,
+    grad_key,
+    grad_value,
+    plan,
+    heads,
+    scale,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the gradients of one part of the keys and values of a window. Scores have keys as rows."""
+    SLOTS: tl.constexpr = WINDOW[0] * WIDTH
+    plan = numbers(plan)
+    head, window, key_slot = _part(heads, plan, WINDOW, WIDTH, BLOCK)
+    key_position, key_valid = locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+    keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
+    of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
+    of_values = tl.zeros([BLOCK, CHANNELS], tl.float32)
+    for start in range(0, SLOTS, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        position, valid = locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+        queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
+        of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
+        bias = bias_of(table, head, slot[None, :], key_slot[:, None], WINDOW, WIDTH, 1)
+        scores = scores_of(keys, queries, bias, scale, PRECISION)
+        scores = tear(scores, key_slot, slot, window, plan, WINDOW, WIDTH, SHIFTED)
+        weights, of_scores = gradient_of_weights(scores, values, grads, (of_rows[None, :], deltas[None, :]), PRECISION)
+        if grad_key is not None:
+            of_keys += multiply(of_scores, queries, PRECISION)
+        if grad_value is not None:
+            of_values += multiply(weights, grads, PRECISION)
+    if grad_key is not None:
+        store_map(grad_key, of_keys * scale, key_position, head, key_valid, HEAD_DIM, CHANNELS)
+    if grad_value is not None:
+        store_map(grad_value, of_values, key_position, head, key_valid, HEAD_DIM, CHANNELS)
+
+
+@triton.jit
+def backward_bias_kernel(
+    query,
+    key,
+    value,
+    table,
+    grad_output,
+    logsumexp,
+    delta,
+    partial,
+    plan,
+    windows_per_program,
+    heads,
+    scale,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the gradient of the scores of a part of queries with a part of keys, summed over some windows."""
+    PARTS: tl.constexpr = (WINDOW[0] * WIDTH + BLOCK - 1) // BLOCK
+    head = tl.program_id(0) % heads
+    plan = numbers(plan)
+    parts = tl.program_id(0) // heads % (PARTS * PARTS)
+    chunk = tl.program_id(0) // (heads * PARTS * PARTS)
+    slot = parts // PARTS * BLOCK + tl.arange(0, BLOCK)
+    key_slot = parts % PARTS * BLOCK + tl.arange(0, BLOCK)
+    bias = bias_of(table, head, slot[:, None], key_slot[None, :], WINDOW, WIDTH, 1)
+    sums = tl.zeros([BLOCK, BLOCK], tl.float32)
+    first = chunk * windows_per_program
+    for index in range(first, tl.minimum(first + windows_per_program, plan[0] * plan[1][0] * plan[1][1])):
+        window = unravel(index, (0, 0, plan[1][0], plan[1][1]))
+        position, valid = locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+        key_position, key_valid = locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
+        queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
+        keys, values = load_maps(key, value, key_position, head, key_valid, HEAD_DIM, CHANNELS)
+        of_rows, deltas = load_statistics(logsumexp, delta, position, head, valid)
+        scores = scores_of(queries, keys, bias, scale, PRECISION)
+        scores = tear(scores, slot, key_slot, window, plan, WINDOW, WIDTH, SHIFTED)
+        sums += gradient_of_weights(scores, grads, values, (of_rows[:, None], deltas[:, None]), PRECISION)[1]
+    pair = (chunk * heads + head).to(tl.int64) * (PARTS * BLOCK) + slot[:, None]
+    tl.store(partial + pair * (PARTS * BLOCK) + key_slot[None, :], sums)
