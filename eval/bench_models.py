@@ -130,22 +130,29 @@ def _measure(name: str, options: BenchOptions) -> Iterator[Row]:
     images = _place(torch.randn(options.batch_size, 3, size, size), options)
     networks = dict(_networks(name, _place(ours, options), images, options))
     for step in STEPS:
-        calls = {
-            label: partial(_run, step, network, images, context, options.dtype)
-            for label, (network, context) in networks.items()
-        }
-        times = step_times(calls, options.repeats, options.device)
-        for label, seconds in times.items():
-            yield Row(
-                name,
-                "x".join(map(str, (options.batch_size, size, size))),
-                step,
-                label,
-                seconds * 1e3,
-                options.batch_size / seconds,
-                seconds / times["ours"],
-                peak_bytes(calls[label], options.device) / 2**20,
-            )
+        yield from measure_step(name, step, networks, images, options)
+
+
+def measure_step(
+    name: str, step: str, networks: dict[str, tuple[nn.Module, Callable]], images: Tensor, options: BenchOptions
+) -> Iterator[Row]:
+    """Rows of one step of networks that each come with the context they run in."""
+    calls = {
+        label: partial(_run, step, network, images, context, options.dtype)
+        for label, (network, context) in networks.items()
+    }
+    times = step_times(calls, options.repeats, options.device)
+    for label, seconds in times.items():
+        yield Row(
+            name,
+            "x".join(map(str, (options.batch_size, *images.shape[2:]))),
+            step,
+            label,
+            seconds * 1e3,
+            options.batch_size / seconds,
+            seconds / times.get("ours", seconds),
+            peak_bytes(calls[label], options.device) / 2**20,
+        )
 
 
 def _place(thing: nn.Module | Tensor, options: BenchOptions) -> nn.Module | Tensor:

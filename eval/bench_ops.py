@@ -33,10 +33,13 @@ class BenchOptions:
     """Of query, key and value."""
     repeats: int = 7
     """Runs of which the fastest counts."""
-    shapes: Literal["small", "full", "gpu"] = "full"
-    """full: the stages of a backbone at 224 pixels; gpu: these with a batch of 128; small: a few seconds."""
+    shapes: Literal["small", "full", "gpu", "gpu-first"] = "full"
+    """full: the stages of a backbone at 224 pixels; gpu: these with a batch of 128; gpu-first: only the first of them;
+    small: a few seconds."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
+    bias: bool = True
+    """With a bias table for windows and neighborhoods."""
     flex: bool = False
     """Also compile torch's flex_attention, for windows and neighborhoods. Minutes on a CPU, and no backward there."""
     csv: Path | None = None
@@ -58,6 +61,7 @@ class Row:
     """
 
     op: str
+    bias: bool
     shape: str
     dtype: str
     step: str
@@ -84,14 +88,19 @@ def measure(options: BenchOptions) -> list[Row]:
     operators = SHAPES if options.op == "all" else [options.op]
     dtypes = DTYPES if options.dtype == "all" else [options.dtype]
     ceilings = {dtype: measure_ceilings(getattr(torch, dtype), options.device) for dtype in dtypes}
-    cases = [(op, shape, dtype) for op in operators for shape in SHAPES[op][options.shapes] for dtype in dtypes]
+    cases = [(op, shape, dtype) for op in operators for shape in shapes_of(op, options.shapes) for dtype in dtypes]
     return [row for case in tracked(cases) for row in _measure_case(*case, ceilings[case[2]], options)]
+
+
+def shapes_of(op: str, name: str) -> list[tuple[int, ...]]:
+    """Shapes of an operator by the name of their set."""
+    return SHAPES[op]["gpu"][:1] if name == "gpu-first" else SHAPES[op][name]
 
 
 def _measure_case(
     op: str, shape: tuple[int, ...], dtype: str, ceilings: Ceilings, options: BenchOptions
 ) -> Iterator[Row]:
-    problem = make_problem(op, shape, getattr(torch, dtype), options.device, options.flex)
+    problem = make_problem(op, shape, getattr(torch, dtype), options.device, options.flex, options.bias)
     for step in STEPS:
         calls = dict(_calls(problem, step))
         times = kernel_times(calls, options.repeats, options.device)
@@ -100,6 +109,7 @@ def _measure_case(
         for name, call in calls.items():
             yield Row(
                 op,
+                options.bias,
                 "x".join(map(str, shape)),
                 dtype,
                 step,

@@ -7,11 +7,16 @@ alike. Ratios inside one run count; times of two runs do not.
 
 import csv
 import json
+import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -179,6 +184,19 @@ def report(rows: Sequence[Any], path: Path | None) -> None:
     Console(width=None if Console().is_terminal else 190).print(table)
     if path:
         write_atomically(path, partial(_write_csv, rows))
+        write_atomically(path.with_suffix(".json"), _write_provenance)
+
+
+def _write_provenance(path: str) -> None:
+    """Where and how a table was measured."""
+    found = {
+        "command": " ".join(["vicinal", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
+    }
+    Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_csv(rows: Sequence[Any], path: str) -> None:

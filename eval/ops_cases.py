@@ -90,8 +90,15 @@ class Problem:
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
 
-def make_problem(op: str, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", flex: bool = False) -> Problem:
-    """Args: flex: also torch's flex_attention, compiled, where it can express the operator."""
+def make_problem(
+    op: str, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", flex: bool = False, bias: bool = True
+) -> Problem:
+    """One call of an operator.
+
+    Args:
+        flex: also torch's flex_attention, compiled, where it can express the operator.
+        bias: whether windows and neighborhoods have a bias table.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -110,7 +117,7 @@ def make_problem(op: str, shape: Sequence[int], dtype: torch.dtype, device: str 
         implementations = {**_ours(ours), "eager": eager}
         if flex:
             implementations["flex"] = partial(flex_over_map, mask, torch.compile(flex_attention))
-        return Problem((packed, table), grad_output, implementations, KERNEL_SIZE**2)
+        return Problem((packed, table) if bias else (packed,), grad_output, implementations, KERNEL_SIZE**2)
     if op == "halo_attention":
         side = BLOCK_SIZE + 2 * HALO_SIZE
         logits = [randn(batch, height, width, heads, side) for _ in range(2)]
@@ -135,11 +142,11 @@ def _ours(call: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
     return {name: partial(run, name) for name in ("tiled", "fused", "reference")}
 
 
-def _neighborhood(packed: Tensor, table: Tensor) -> Tensor:
+def _neighborhood(packed: Tensor, table: Tensor | None = None) -> Tensor:
     return neighborhood_attention_packed(packed, KERNEL_SIZE, relative_position_bias=table)
 
 
-def _window(packed: Tensor, table: Tensor) -> Tensor:
+def _window(packed: Tensor, table: Tensor | None = None) -> Tensor:
     return window_attention_packed(packed, KERNEL_SIZE, shift=KERNEL_SIZE // 2, relative_position_bias=table)
 
 
@@ -156,7 +163,7 @@ def _routed(routes: Tensor, packed: Tensor) -> Tensor:
     return routed_attention(*packed.unbind(3), routes)
 
 
-def flex_over_map(mask: Callable, attend: Callable, packed: Tensor, table: Tensor) -> Tensor:
+def flex_over_map(mask: Callable, attend: Callable, packed: Tensor, table: Tensor | None = None) -> Tensor:
     """Attention of all tokens of the map under a mask and a score function that reads the bias table.
 
     Args:
@@ -173,7 +180,7 @@ def flex_over_map(mask: Callable, attend: Callable, packed: Tensor, table: Tenso
         return score + table[head, down.clamp(0, last), across.clamp(0, last)]
 
     query, key, value = packed.flatten(1, 2).permute(2, 0, 3, 1, 4)  # (batch, heads, tokens, head_dim)
-    output = attend(query, key, value, score_mod=score, block_mask=block_mask)
+    output = attend(query, key, value, score_mod=None if table is None else score, block_mask=block_mask)
     return output.transpose(1, 2).reshape(batch, height, width, heads, head_dim)
 
 
@@ -250,14 +257,16 @@ def gather_regions(routes: Tensor, packed: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query.transpose(2, 3), keys, values).transpose(2, 3)
 
 
-def gather_neighborhoods(packed: Tensor, table: Tensor) -> Tensor:
+def gather_neighborhoods(packed: Tensor, table: Tensor | None = None) -> Tensor:
     """Neighborhood attention as a few lines of PyTorch: copy the 49 keys and values of every query, then attend."""
     batch, height, width, _, heads, head_dim = packed.shape
     index, offset = _neighborhood_index(height, width, packed.device)
     query, key, value = packed.flatten(1, 2).unbind(2)  # (batch, tokens, heads, head_dim)
     keys, values = (tensor[:, index] for tensor in (key, value))  # (batch, tokens, 49, heads, head_dim)
     scores = torch.einsum("bnhd,bnkhd->bnhk", query * head_dim**-0.5, keys)
-    weights = (scores + table.flatten(1)[:, offset].transpose(0, 1)).softmax(-1).to(value.dtype)
+    if table is not None:
+        scores = scores + table.flatten(1)[:, offset].transpose(0, 1)
+    weights = scores.softmax(-1).to(value.dtype)
     return torch.einsum("bnhk,bnkhd->bnhd", weights, values).reshape(batch, height, width, heads, head_dim)
 
 
@@ -277,14 +286,15 @@ def _axis_index(size: int) -> Tensor:
     return start[:, None] + torch.arange(KERNEL_SIZE)
 
 
-def partition_windows(packed: Tensor, table: Tensor) -> Tensor:
+def partition_windows(packed: Tensor, table: Tensor | None = None) -> Tensor:
     """Shifted window attention as Swin implementations write it: roll, partition, SDPA with a mask, and back."""
     batch, height, width, _, heads, head_dim = packed.shape
     size, shifts = KERNEL_SIZE, _shifts(height, width)
     offset, mask = _window_index(height, width, packed.device)
     rolled = packed.roll([-shift for shift in shifts], (1, 2)).unflatten(2, (-1, size)).unflatten(1, (-1, size))
     windows = rolled.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, size * size, head_dim)
-    bias = (table.flatten(1)[:, offset] + mask).to(packed.dtype).repeat(batch, 1, 1, 1)
+    bias = mask if table is None else table.flatten(1)[:, offset] + mask
+    bias = bias.to(packed.dtype).repeat(batch, 1, 1, 1)
     output = F.scaled_dot_product_attention(*windows, attn_mask=bias)
     output = output.view(batch, height // size, width // size, heads, size, size, head_dim)
     output = output.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, heads, head_dim)

@@ -47,6 +47,8 @@ def assert_as_accurate(name: str, actual: Tensor, baseline: Tensor, exact: Tenso
     assert actual.shape == exact.shape
     found, allowed = Errors.between(actual, exact), Errors.between(baseline, exact)
     rounding = torch.finfo(actual.dtype).eps + torch.finfo(torch.float32).eps * score
+    if actual.is_cuda:
+        rounding += 2**-22  # largest relative error of ex2.approx, by the PTX ISA; the dense formula has a longer exp
     report = f"{name} {actual.dtype}: {found}, dense formula of the same dtype {allowed}, rounding {rounding:.1e}"
     assert found.rms <= 2 * allowed.rms + rounding, report
     assert found.largest <= 2 * allowed.largest + 4 * rounding, report
