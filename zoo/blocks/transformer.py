@@ -3,11 +3,10 @@
 from functools import partial
 from typing import Callable, Optional
 
-from timm.layers import DropPath, LayerNorm, LayerScale
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
 from .activation import GELU
-from .mlp import Mlp
 from .position import ConvPositionEncoding
 
 
