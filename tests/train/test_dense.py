@@ -155,7 +155,8 @@ def test_a_segmenter_fits_the_scenes_it_sees(scenes: Path, tmp_path: Path, capsy
     loaders = ("val_dataloader", "test_dataloader")
     prefixes = [f"{each}.dataset.data_prefix.{key}={path}" for each in loaders for key, path in seen.items()]
     data = ["--data", str(scenes), "--set", "model.data_preprocessor.size=[64,64]", *prefixes]
-    arguments = [*SEGMENT[:3], *data, "--iterations", "150", "--output", str(folder)]
+    length = ["--batch-size", "8", "--iterations", "150"]
+    arguments = [*SEGMENT[:3], *data, *length, "--output", str(folder)]
     assert main(["segment", "train", *arguments]) == 0
     capsys.readouterr()
     assert main(["segment", "test", str(folder)]) == 0
