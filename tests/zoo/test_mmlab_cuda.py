@@ -43,7 +43,6 @@ def learn_once(name: str, device: str) -> dict[str, float]:
     losses = model(**model.data_preprocessor(detection_batch(), training=True), mode="loss")
     loss, values = model.parse_losses(losses)
     loss.backward()
-    # zero gradients count as gradients, and nan ones as none
     assert all(torch.isfinite(value.grad).all() for value in model.parameters() if value.requires_grad)
     return {key: float(value) for key, value in values.items()}
 
