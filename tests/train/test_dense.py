@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from PIL import Image
 from safetensors.torch import load_file
 
 from vicinal.__main__ import main
-from vicinal.train.dense.configs import read_config, set_num_classes
-from vicinal.train.dense.seeding import PlacingSampler
+from vicinal.train.dense.configs import prepare, read_config, set_num_classes
+from vicinal.train.dense.options import DenseData, DenseRun, DenseTrain
+from vicinal.train.dense.seeding import PlacingSampler, seed_images
 
 DETECT = ["shapes_mask_rcnn_nat_pico", "--threads", "1", "--batch-size", "2"]
 SEGMENT = ["shapes_semantic_fpn_nat_pico", "--threads", "1", "--batch-size", "2"]
@@ -103,6 +106,23 @@ def test_places_of_images_go_on_where_a_run_stopped():
     second = list(epochs)
     assert [index.place for index in second] == [10, 11, 12, 13, 14]
     assert [(index, index.place) for index in pickle.loads(pickle.dumps(second))] == [(i, i.place) for i in second]
+
+
+def test_epochs_in_batches_of_one_aspect_ratio_repeat_with_loader_processes(scenes: Path):
+    def load(workers: int, epoch: int) -> list[torch.Tensor]:
+        """The images of an epoch as the published schedules load them, with the light changes of the first light."""
+        data = DenseData(train=f"{scenes}/train.json", val=f"{scenes}/val.json", images=f"{scenes}/images")
+        cfg = prepare("detect", DenseTrain("mask_rcnn_nat_mini_1x", data, run=DenseRun(workers=workers)))
+        cfg.train_dataloader.dataset.pipeline = read_config("detect", DETECT[0]).train_pipeline
+        init_default_scope(cfg.default_scope)
+        loader = Runner.build_dataloader(seed_images(cfg, 0).train_dataloader, seed=0)
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        return [image for batch in loader for image in batch["inputs"]]
+
+    first, again, second = load(0, 0), load(2, 0), load(0, 1)
+    assert len(first) == 8
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert not all(any(torch.equal(x, y) for y in first) for x in second)
 
 
 def test_resumption_without_the_seeds_of_its_iterations_would_differ(detector: Path, scenes: Path, tmp_path: Path):
