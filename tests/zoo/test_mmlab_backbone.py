@@ -175,6 +175,7 @@ def test_weights_that_do_not_fit_are_reported(tmp_path):
 
 
 OFFICIAL = {
+    "nat/nat_mini": {f"norm{stage}": 64 * 2**stage for stage in range(4)},
     "dinat/dinat_mini": {f"norm{stage}": 64 * 2**stage for stage in range(4)},
     "transnext/transnext_micro": {},
     "davit/davit_tiny": {f"norm{stage}": 96 * 2**stage for stage in range(4)},
