@@ -1,19 +1,18 @@
-# First light for segmentation: Semantic FPN with a small NAT on synthetic scenes of three shapes, from random weights.
+# First light for segmentation: a small NAT and the head of Semantic FPN, on a pyramid with a path up and one down
+# (arXiv:1803.01534), learn synthetic scenes of three shapes from random weights.
 #
 #   vicinal shapes runs/scenes
 #   vicinal segment train shapes_semantic_fpn_nat_pico --data runs/scenes --output runs/shapes_maps
 #
-# Cost: about 3 minutes on one CPU core. Result, measured once: mean IoU 47 %, pixel accuracy 93 %: background 96,
-# rectangle 34, circle 35, triangle 22; on the first 50 training scenes 97, 54, 49, 43. Shapes are confused or missed.
-# The labels are right (eight scenes alone are fitted to 94 %); whether length alone mends it is not yet measured.
+# Cost: 6 CPU-minutes in one thread. Result, measured once: mean IoU 84.6 %, pixel accuracy 97.9 %.
 _base_ = ["_base_/runtime.py", "_base_/semantic_fpn.py", "_base_/ade20k.py"]
 
 width = 64
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
     backbone=dict(model="nat_pico", pretrained=False, output_norm="layer"),
-    # NAT's stem and downsampling are linear: convolutions with activations between them, up and down the pyramid, tell
-    # shapes apart long before the backbone alone does
+    # NAT's stem and downsampling are linear, so that convolutions with activations in the neck are what tells shapes
+    # apart. Mean IoU after 1500 iterations: 85 % with this neck, 68 % with an FPN of the same layers.
     neck=dict(
         type="mmdet.PAFPN",
         in_channels=[32, 64, 128, 256],
