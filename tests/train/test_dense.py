@@ -1,5 +1,6 @@
 """``vicinal detect`` and ``vicinal segment``: runs, resumption, refusals, pictures, the proof of learning."""
 
+import itertools
 import json
 import os
 import pickle
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from PIL import Image
 from safetensors.torch import load_file
 
 from vicinal.__main__ import main
-from vicinal.checkpoints import save_model
+from vicinal.train.dense.configs import prepare, read_config, set_num_classes
+from vicinal.train.dense.options import DenseData, DenseRun, DenseTrain
+from vicinal.train.dense.seeding import PlacingSampler, seed_images
 
 DETECT = ["shapes_mask_rcnn_nat_pico", "--threads", "1", "--batch-size", "2"]
 SEGMENT = ["shapes_semantic_fpn_nat_pico", "--threads", "1", "--batch-size", "2"]
@@ -74,12 +78,51 @@ def test_a_run_leaves_config_checkpoint_and_weights(detector: Path):
     assert (detector / "last_checkpoint").read_text().strip().endswith("iter_4.pth")
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(detector: Path, scenes: Path, tmp_path: Path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one(workers: int, detector: Path, scenes: Path, tmp_path: Path):
+    """The uninterrupted run loads its images by itself: loader processes change nothing either."""
     arguments = [*DETECT, *own_coco(scenes), "--iterations", "4", "--output", str(tmp_path / "resumed")]
-    assert main(["detect", "train", *arguments, "--resume", str(detector / "iter_2.pth")]) == 0
+    arguments += ["--resume", str(detector / "iter_2.pth"), "--workers", str(workers)]
+    assert main(["detect", "train", *arguments]) == 0
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (detector, tmp_path / "resumed"))
     assert whole.keys() == resumed.keys()
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+
+
+def test_places_of_images_go_on_where_a_run_stopped():
+    data = list(range(5))
+
+    def sampler(kind: str) -> PlacingSampler:
+        return PlacingSampler(data, 0, {"type": kind, "shuffle": True})
+
+    whole = [(int(index), index.place) for index in itertools.islice(sampler("InfiniteSampler"), 12)]
+    assert [place for _, place in whole] == list(range(12))
+    resumed = sampler("InfiniteSampler")
+    resumed.skip(7)
+    assert [(int(index), index.place) for index in itertools.islice(resumed, 5)] == whole[7:]
+    epochs = sampler("DefaultSampler")
+    assert not hasattr(epochs, "skip")
+    epochs.set_epoch(2)
+    second = list(epochs)
+    assert [index.place for index in second] == [10, 11, 12, 13, 14]
+    assert [(index, index.place) for index in pickle.loads(pickle.dumps(second))] == [(i, i.place) for i in second]
+
+
+def test_epochs_in_batches_of_one_aspect_ratio_repeat_with_loader_processes(scenes: Path):
+    def load(workers: int, epoch: int) -> list[torch.Tensor]:
+        """The images of an epoch as the published schedules load them, with the light changes of the first light."""
+        data = DenseData(train=f"{scenes}/train.json", val=f"{scenes}/val.json", images=f"{scenes}/images")
+        cfg = prepare("detect", DenseTrain("mask_rcnn_nat_mini_1x", data, run=DenseRun(workers=workers)))
+        cfg.train_dataloader.dataset.pipeline = read_config("detect", DETECT[0]).train_pipeline
+        init_default_scope(cfg.default_scope)
+        loader = Runner.build_dataloader(seed_images(cfg, 0).train_dataloader, seed=0)
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        return [image for batch in loader for image in batch["inputs"]]
+
+    first, again, second = load(0, 0), load(2, 0), load(0, 1)
+    assert len(first) == 8
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert not all(any(torch.equal(x, y) for y in first) for x in second)
 
 
 def test_resumption_without_the_seeds_of_its_iterations_would_differ(detector: Path, scenes: Path, tmp_path: Path):
@@ -132,7 +175,8 @@ def test_a_segmenter_fits_the_scenes_it_sees(scenes: Path, tmp_path: Path, capsy
     loaders = ("val_dataloader", "test_dataloader")
     prefixes = [f"{each}.dataset.data_prefix.{key}={path}" for each in loaders for key, path in seen.items()]
     data = ["--data", str(scenes), "--set", "model.data_preprocessor.size=[64,64]", *prefixes]
-    arguments = [*SEGMENT[:3], *data, "--iterations", "150", "--output", str(folder)]
+    length = ["--batch-size", "8", "--iterations", "150"]
+    arguments = [*SEGMENT[:3], *data, *length, "--output", str(folder)]
     assert main(["segment", "train", *arguments]) == 0
     capsys.readouterr()
     assert main(["segment", "test", str(folder)]) == 0
@@ -140,14 +184,32 @@ def test_a_segmenter_fits_the_scenes_it_sees(scenes: Path, tmp_path: Path, capsy
 
 
 def test_a_classifiers_run_becomes_the_backbone(scenes: Path, tmp_path: Path):
-    torch.manual_seed(5)
-    save_model(tmp_path / "classifier", timm.create_model("nat_pico", num_classes=10))
-    weights = ["--backbone-weights", str(tmp_path / "classifier"), "--backbone-kwargs", "frozen_stages=4"]
+    """Nothing but the classifier's own norm and head is left behind, and the frozen backbone keeps the rest."""
+    classifying = ["--model", "nat_pico", "--data", "synthetic/16/4", "--img-size", "32", "--batch-size", "8"]
+    classifying += ["--epochs", "1", "--warmup-epochs", "0", "--workers", "0", "--output", str(tmp_path / "classifier")]
+    assert main(["train", *classifying]) == 0
+    weights = ["--backbone-weights", str(tmp_path / "classifier" / "last"), "--backbone-kwargs", "frozen_stages=4"]
     arguments = [*DETECT, *own_coco(scenes), "--iterations", "1", "--output", str(tmp_path / "run"), *weights]
     assert main(["detect", "train", *arguments]) == 0
-    classifier, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("classifier", "run"))
+    classifier = load_file(tmp_path / "classifier" / "last" / "model.safetensors")
+    trained = load_file(tmp_path / "run" / "model.safetensors")
     inside = {key: value for key, value in classifier.items() if not key.startswith(("head.", "norm."))}
+    assert {f"backbone.model.{key}" for key in inside} == {key for key in trained if key.startswith("backbone.model.")}
     assert all(torch.equal(trained[f"backbone.model.{key}"], value) for key, value in inside.items())
+
+
+def test_heads_take_another_number_of_classes():
+    mask2former = read_config("segment", "mask2former_transnext_tiny_160k").model
+    set_num_classes(mask2former, 3)
+    assert mask2former.decode_head.num_classes == 3
+    # the last weight is for no object
+    assert mask2former.decode_head.loss_cls.class_weight == [1.0, 1.0, 1.0, 0.1]
+    weighted = read_config("segment", SEGMENT[0]).model
+    own = list(weighted.decode_head.loss_decode.class_weight)
+    set_num_classes(weighted, 4)
+    assert weighted.decode_head.loss_decode.class_weight == own
+    set_num_classes(weighted, 2)
+    assert weighted.decode_head.loss_decode.class_weight == [1.0, 1.0]
 
 
 def test_two_processes_train_one_model(scenes: Path, tmp_path: Path):
@@ -238,3 +300,13 @@ def test_a_detector_learns_the_shapes(tmp_path: Path, capsys: pytest.CaptureFixt
     figures = json.loads(capsys.readouterr().out)
     assert figures["coco/bbox_mAP"] >= 0.60
     assert figures["coco/segm_mAP"] >= 0.55
+
+
+@pytest.mark.slow
+def test_a_segmenter_learns_the_shapes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    scenes = tmp_path / "scenes"
+    assert main(["shapes", str(scenes)]) == 0
+    assert main(["segment", "train", *SEGMENT[:3], "--data", str(scenes), "--output", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["segment", "test", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["mIoU"] >= 80

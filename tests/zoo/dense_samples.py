@@ -77,6 +77,9 @@ def small_model(name: str) -> str:
 NECKS_AND_HEADS = ("FPN", "ExtendedFPN", "ChannelMapper", "RescaledPyramid", "UPerHead", "FCNHead", "Mask2FormerHead")
 
 
+FEWER = {"nms_pre": 100, "max_per_img": 20, "num": 32, "num_queries": 100}
+
+
 def build_small(task: str, name: str):
     """A config's model on a debug-sized backbone of the same family with three classes, and the config."""
     cfg = shrink(read_config(task, name))
@@ -106,4 +109,8 @@ def shrink(cfg):
     for node in walk(cfg.model):
         if node.get("type") == "SyncBN":
             node.type = "BN"
+        # a thousand proposals for two objects would be most of the cost, and 900 queries need 900 pixels
+        for key, most in FEWER.items():
+            if isinstance(node.get(key), int):
+                node[key] = min(node[key], most)
     return cfg

@@ -47,6 +47,14 @@ def test_maps_cover_an_image_of_any_size(model: str):
     assert len(maps) == (3 if model.startswith("shvit") else 4)
 
 
+def test_an_init_cfg_draws_what_is_not_loaded():
+    backbone = VicinalBackbone("nat_pico", init_cfg={"type": "Constant", "layer": "Linear", "val": 0.5})
+    stem = backbone.model.stem.conv1.weight.clone()
+    backbone.init_weights()
+    assert (backbone.model.stages[0].blocks[0].mlp.fc1.weight == 0.5).all()
+    assert torch.equal(backbone.model.stem.conv1.weight, stem)
+
+
 def test_both_libraries_build_it_by_its_name():
     from mmdet.registry import MODELS as DETECTION
     from mmseg.registry import MODELS as SEGMENTATION
@@ -167,6 +175,7 @@ def test_weights_that_do_not_fit_are_reported(tmp_path):
 
 
 OFFICIAL = {
+    "nat/nat_mini": {f"norm{stage}": 64 * 2**stage for stage in range(4)},
     "dinat/dinat_mini": {f"norm{stage}": 64 * 2**stage for stage in range(4)},
     "transnext/transnext_micro": {},
     "davit/davit_tiny": {f"norm{stage}": 96 * 2**stage for stage in range(4)},

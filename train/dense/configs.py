@@ -125,13 +125,13 @@ def set_segmentation_folder(cfg: Config, root: Path) -> None:
 
 
 def set_num_classes(model: ConfigDict, count: int) -> None:
-    """Give every head of a model another number of classes."""
-    for node in walk(model):
-        if "num_classes" in node:
-            node.num_classes = count
-        if isinstance(node.get("class_weight"), list):
-            # Mask2Former: one weight a class, and the last for no object
-            node.class_weight = [1.0] * count + node.class_weight[-1:]
+    """Give every head of a model another number of classes; losses then weigh the classes alike."""
+    for head in [node for node in walk(model) if node.get("num_classes", count) != count]:
+        for node in walk(head):
+            if isinstance(node.get("class_weight"), list):
+                # Mask2Former has one more weight, the last, for no object
+                node.class_weight = [1.0] * count + node.class_weight[head.num_classes :]
+        head.num_classes = count
 
 
 def set_model(cfg: Config, options: DenseModel) -> None:

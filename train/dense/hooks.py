@@ -1,6 +1,5 @@
 """What a run does besides MMEngine's own: seeding by counters, and a line on the terminal now and then."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmengine.dist import get_rank, master_only
@@ -15,7 +14,7 @@ _FIGURES = ("mAP", "mAP_50", "mIoU", "mAcc", "aAcc")
 class CountedSeeds(Hook):
     """Seeds every step by (seed, iteration, rank), so that a resumed run draws what the uninterrupted one drew.
 
-    With loader processes only the order of the images repeats after a resumption, not the changes to them.
+    What changes the images is seeded where they are loaded: see ``seeding``.
 
     Args:
         seed: of the run.
@@ -26,24 +25,8 @@ class CountedSeeds(Hook):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def before_train(self, runner: Runner) -> None:
-        loop = runner.train_loop
-        if hasattr(loop, "dataloader_iterator"):
-            loop.dataloader_iterator = _SeededBatches(
-                loop.dataloader_iterator, lambda: self._seed("batch", runner.iter)
-            )
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        self._seed("batch", runner.iter)
-
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        self._seed("step", runner.iter)
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self._seed("batch", runner.iter + 1)
-
-    def _seed(self, purpose: str, iteration: int) -> None:
-        seed_all(stream_seed(purpose, self.seed, iteration, get_rank()))
+        seed_all(stream_seed("step", self.seed, runner.iter, get_rank()))
 
 
 class Progress(Hook):
@@ -76,18 +59,3 @@ def describe_metrics(metrics: dict[str, float]) -> str:
     """The overall figures of an evaluator: average precisions, or mean IoU and accuracy."""
     shown = {key.rpartition("/")[2]: value for key, value in metrics.items() if key.endswith(_FIGURES)}
     return "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-
-
-class _SeededBatches(Iterator):
-    """The iterator of an iteration-based loop, with a seeding before each batch."""
-
-    def __init__(self, batches: Any, seed: Callable[[], None]) -> None:
-        self.batches, self.seed = batches, seed
-
-    def __next__(self) -> Any:
-        self.seed()
-        return next(self.batches)
-
-    def skip_iter(self, count: int) -> None:
-        """Pass over the batches of iterations that are done, as MMEngine's loop asks when it resumes."""
-        self.batches.skip_iter(count)

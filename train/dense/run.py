@@ -20,6 +20,7 @@ from ..errors import UserError, first_line
 from .configs import prepare, walk
 from .hooks import CountedSeeds, Progress
 from .options import DenseTrain
+from .seeding import seed_images
 
 CONFIG_FILE, WEIGHTS_FILE = "config.py", "model.safetensors"
 
@@ -38,7 +39,7 @@ def train(task: str, options: DenseTrain) -> int:
         torch.set_num_threads(options.run.threads)
     world = join_world("auto")
     try:
-        runner = build_runner(cfg, world)
+        runner = build_runner(seed_images(cfg, options.run.seed), world)
         runner.register_hook(CountedSeeds(options.run.seed))
         runner.register_hook(Progress(cfg.default_hooks.logger.interval))
         if world.is_primary:

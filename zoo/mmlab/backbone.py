@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, initialize
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d, convert_sync_batchnorm
 from timm.models import model_entrypoint
@@ -97,13 +97,15 @@ class VicinalBackbone(BaseModule):
         return tuple(norm(m).contiguous() for norm, m in zip(self.output_norms, maps, strict=True))
 
     def init_weights(self) -> None:
-        """Load the weights of ``pretrained``; without them the model keeps what its constructor drew.
+        """Load the weights of ``pretrained``; without them, apply ``init_cfg`` or keep what the constructor drew.
 
         Raises:
             ValueError: a file that does not fit, with every missing and surplus entry.
         """
         self._is_init = True
         if not self.pretrained:
+            if self.init_cfg:
+                initialize(self, self.init_cfg)
             return
         if is_weight_file(self.pretrained):
             state_dict = convert_backbone(self.name, load(str(self.pretrained)), self)
