@@ -248,8 +248,7 @@ def backward_key_kernel(
     of_column = WINDOW * WINDOW - 1 - of_column
     visible = near & valid[:, None] & inside[None, :]
     local = load_local_bias(local_bias, head, of_column[None, :] + of_row[:, None], visible, WINDOW)
-    slots_of_box = residues(tl.arange(0, BOX), width, WINDOW, SLOTS).to(query.pointer.dtype.element_ty)
-    of_bias = tl.zeros([BLOCK, SLOTS], tl.float32)
+    of_bias = tl.zeros([BLOCK, BOX], tl.float32)
     for image in range(images[0], images[1]):
         position, asking = (image, tokens[0], tokens[1]), (image, box[0], box[1])
         if value_weights is not None and grad_value is not None:
@@ -261,7 +260,7 @@ def backward_key_kernel(
         weights, of_weights = weigh(keys, queries, values, grads, local, statistics[None, :], scale, PRECISION)
         of_scores = weights * (of_weights - deltas[None, :])
         if partial is not None:
-            of_bias += multiply(of_scores, slots_of_box, PRECISION)
+            of_bias += of_scores
         if grad_key is not None:
             of_keys = multiply(of_scores, queries, PRECISION) * scale
             store_map(grad_key, of_keys, position, head, valid, HEAD_DIM, CHANNELS)
@@ -271,7 +270,12 @@ def backward_key_kernel(
                 weights += tl.where(visible, multiply(slots, tl.trans(of_window), PRECISION), 0.0)
             store_map(grad_value, multiply(weights, grads, PRECISION), position, head, valid, HEAD_DIM, CHANNELS)
     if partial is not None:
+        of_slots = tl.zeros([BLOCK, SLOTS], tl.float32)
+        for _ in tl.static_range(3):  # of 8 bits each, which make a float32
+            bits = of_bias.to(tl.bfloat16)
+            of_slots += tl.dot(bits, residues(tl.arange(0, BOX), width, WINDOW, SLOTS).to(tl.bfloat16))
+            of_bias -= bits.to(tl.float32)
         slot = window_slots_by_residue(tl.arange(0, BLOCK), TILE[1], 0, WINDOW, SLOTS)
         for index in range(0, WINDOW * WINDOW):
             entry = tl.program_id(0).to(tl.int64) * (WINDOW * WINDOW) + WINDOW * WINDOW - 1 - index
-            tl.store(partial + entry, tl.sum(tl.sum(tl.where(slot == index, of_bias, 0.0), 1), 0))
+            tl.store(partial + entry, tl.sum(tl.sum(tl.where(slot == index, of_slots, 0.0), 1), 0))
