@@ -12,13 +12,8 @@ from torch.nn import functional as F
 
 from ..launch import Parameters
 from ..triton_common import Call, Tokens, as_tokens, refuse_tensors
-from .fused_kernels import (
-    backward_bias_kernel,
-    backward_key_kernel,
-    backward_pooled_kernel,
-    backward_query_kernel,
-    forward_kernel,
-)
+from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
+from .fused_pooled_kernels import backward_bias_kernel, backward_pooled_kernel
 
 PROGRAMS = 1024
 """About seven on each multiprocessor of a large GPU: sums are cut into parts until there are as many programs."""
@@ -89,6 +84,7 @@ class _Call(Call):
             plan=(self.size, tiles, self.batch, self.heads, share),
             TILE=tile,
             BOX=max(16, triton.next_power_of_2(box)),
+            SLOTS=max(16, triton.next_power_of_2(self.window**2)),
             **arguments,
         )
 
