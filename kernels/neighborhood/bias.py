@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..triton_common import LOG2_E, load_maps, load_statistics
 from .columns import geometry_of, load_columns
-from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, program_tile, tile_of_tokens
+from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, places_of, program_tile, tile_of_tokens
 
 
 @triton.jit
@@ -71,10 +71,11 @@ def backward_bias_kernel(
     if (not before(first, length)) or number >= steps[0] * steps[1] * steps[2]:
         return
     step = (number // (steps[1] * steps[2]), number // steps[2] % steps[1], number % steps[2])
-    places, position, _ = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    key_places, key_position = box_of_tokens(box_at(step, start, BOX), stop, group, plan, BOX, BLOCK)
+    position, _ = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    box = box_at(step, start, BOX)
+    key_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
     bias = load_columns(
-        columns, geometry_of(first[2] // TILE[2], group, plan, PERIOD) + head * total, places, key_places, step[2],
+        columns, geometry_of(first[2] // TILE[2], group, plan, PERIOD) + head * total, first, box, step[2],
         length, KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
     )  # fmt: skip
     everywhere = tl.full([BLOCK], True, tl.int1)
@@ -132,7 +133,8 @@ def gather_bias_kernel(
     length = group[2]
     start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
     steps = box_steps(start, stop, BOX)
-    places, _, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    places = places_of(tl.arange(0, BLOCK), first, TILE)
+    valid = before(places, length)
     z, y, x = places[0][None, :], places[1][None, :], places[2][None, :]
     offset = _split(entry, KERNEL)
     seen = valid[None, :] & (entry < ALL)
