@@ -6,7 +6,7 @@ those of its columns; the latter are the same for all strips. Slots of a strip t
 
 The backward makes each score once: a program also writes what its queries give to the gradients of the window, and
 a second kernel adds up the windows that hold a token. So every sum has a fixed order, without atomics. Windows overlap,
-and their gradients take two to four times the room of the map's: a few images at a time.
+and their gradients take two to four times the room of the map's: as many images at a time as fit in SCRATCH.
 """
 
 from typing import Any, Optional, Sequence
@@ -20,7 +20,7 @@ from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_k
 
 MOST_QUERIES = 64
 SCRATCH = 2**30
-"""Bytes for the gradients of windows: the backward takes as many images at a time as fit."""
+"""Bytes for the gradients of windows; one launch for all images is faster than several."""
 
 
 class _Call(Call):
@@ -66,7 +66,7 @@ class _Call(Call):
 
     def share(self, parameters: Parameters) -> tuple[int, int]:
         """Queries that a program takes, and parts of a block that they make."""
-        queries = min(parameters.block, MOST_QUERIES, max(16, triton.next_power_of_2(self.side**2)))
+        queries = min(2 * parameters.block, MOST_QUERIES, max(16, triton.next_power_of_2(self.side**2)))
         return queries, triton.cdiv(self.side**2, queries)
 
     def backward(self, needs_key: bool, needs_value: bool) -> None:
