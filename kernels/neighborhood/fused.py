@@ -178,11 +178,15 @@ def backward_query_kernel(
 
 
 @triton.jit
-def _load_statistics(logsumexp, delta, box, stop, group, plan, head, BOX: tl.constexpr, BLOCK: tl.constexpr):
-    """Logsumexp and delta of the queries of a box, (queries, 2), as each thread of a program can read one of them."""
+def _load_for_columns(statistic, box, stop, group, plan, head, BOX: tl.constexpr, BLOCK: tl.constexpr):
+    """A statistic of the queries of a box, which are columns of a product.
+
+    Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
+    by itself, address by address, unless there are numbers enough for all threads.
+    """
     position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-    pointers = tl.join(token_pointers(logsumexp, position, head), token_pointers(delta, position, head))
-    return tl.load(pointers)
+    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
+    return tl.max(tl.load(pointers), 1)
 
 
 @triton.jit
@@ -237,10 +241,10 @@ def backward_key_kernel(
             columns, number, first, box, step[2], length,
             KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
         )  # fmt: skip
-        statistics = _load_statistics(logsumexp, delta, box, stop, group, plan, head, BOX, BLOCK)
-        of_softmax, deltas = tl.split(statistics)
+        of_softmax = _load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
+        deltas = _load_for_columns(delta, box, stop, group, plan, head, BOX, BLOCK)
         weights, of_scores = gradient_of_pairs(
-            keys, queries, values, grads, bias, of_softmax[None, :] * LOG2_E, deltas[None, :], scale, PRECISION
+            keys, queries, values, grads, bias, of_softmax[None, :], deltas[None, :], scale, PRECISION
         )
         if grad_key is not None:
             of_keys += multiply(of_scores, queries, PRECISION)
