@@ -7,7 +7,7 @@ them. So one kernel sums score gradients over images, and a second one sums the 
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2_E, load_maps, load_statistics
+from ..triton_common import LOG2_E, load_maps, load_statistics, token_pointers
 from .columns import geometry_of, load_columns
 from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, places_of, program_tile, tile_of_tokens
 
@@ -26,6 +26,18 @@ def gradient_of_pairs(left, right, of_left, of_right, bias, of_softmax, delta, s
     weights = tl.exp2(scores)
     of_weights = tl.dot(of_left, tl.trans(of_right), input_precision=PRECISION)
     return weights, weights * (of_weights - delta)
+
+
+@triton.jit
+def load_for_columns(statistic, box, stop, group, plan, head, BOX: tl.constexpr, BLOCK: tl.constexpr):
+    """A statistic of the queries of a box, which are columns of a product.
+
+    Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
+    by itself, address by address, unless there are numbers enough for all threads.
+    """
+    position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
+    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
+    return tl.max(tl.load(pointers), 1)
 
 
 @triton.jit(do_not_specialize=["first_tile", "count"])

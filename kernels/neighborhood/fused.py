@@ -30,9 +30,8 @@ from ..triton_common import (
     store_attention,
     store_delta,
     store_map,
-    token_pointers,
 )
-from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs
+from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs, load_for_columns
 from .columns import column_table_kernel, geometries, geometry_of, load_columns
 from .tiles import before, box_at, box_of, box_of_tokens, box_steps, next_box, program_tile, tile_of_tokens
 
@@ -178,18 +177,6 @@ def backward_query_kernel(
 
 
 @triton.jit
-def _load_for_columns(statistic, box, stop, group, plan, head, BOX: tl.constexpr, BLOCK: tl.constexpr):
-    """A statistic of the queries of a box, which are columns of a product.
-
-    Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
-    by itself, address by address, unless there are numbers enough for all threads.
-    """
-    position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
-    return tl.max(tl.load(pointers), 1)
-
-
-@triton.jit
 def backward_key_kernel(
     query,
     key,
@@ -241,8 +228,8 @@ def backward_key_kernel(
             columns, number, first, box, step[2], length,
             KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
         )  # fmt: skip
-        of_softmax = _load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
-        deltas = _load_for_columns(delta, box, stop, group, plan, head, BOX, BLOCK)
+        of_softmax = load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
+        deltas = load_for_columns(delta, box, stop, group, plan, head, BOX, BLOCK)
         weights, of_scores = gradient_of_pairs(
             keys, queries, values, grads, bias, of_softmax[None, :], deltas[None, :], scale, PRECISION
         )
