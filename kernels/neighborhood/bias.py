@@ -7,9 +7,9 @@ them. So one kernel sums score gradients over images, and a second one sums the 
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2_E, load_maps, load_statistics
+from ..triton_common import LOG2_E, load_maps, load_statistics, token_pointers
 from .columns import geometry_of, load_columns
-from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, program_tile, tile_of_tokens
+from .tiles import axis_sees, before, box_at, box_of, box_of_tokens, box_steps, places_of, program_tile, tile_of_tokens
 
 
 @triton.jit
@@ -26,6 +26,18 @@ def gradient_of_pairs(left, right, of_left, of_right, bias, of_softmax, delta, s
     weights = tl.exp2(scores)
     of_weights = tl.dot(of_left, tl.trans(of_right), input_precision=PRECISION)
     return weights, weights * (of_weights - delta)
+
+
+@triton.jit
+def load_for_columns(statistic, box, stop, group, plan, head, BOX: tl.constexpr, BLOCK: tl.constexpr):
+    """A statistic of the queries of a box, which are columns of a product.
+
+    Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
+    by itself, address by address, unless there are numbers enough for all threads.
+    """
+    position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
+    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
+    return tl.max(tl.load(pointers), 1)
 
 
 @triton.jit(do_not_specialize=["first_tile", "count"])
@@ -71,10 +83,11 @@ def backward_bias_kernel(
     if (not before(first, length)) or number >= steps[0] * steps[1] * steps[2]:
         return
     step = (number // (steps[1] * steps[2]), number // steps[2] % steps[1], number % steps[2])
-    places, position, _ = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    key_places, key_position = box_of_tokens(box_at(step, start, BOX), stop, group, plan, BOX, BLOCK)
+    position, _ = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    box = box_at(step, start, BOX)
+    key_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
     bias = load_columns(
-        columns, geometry_of(first[2] // TILE[2], group, plan, PERIOD) + head * total, places, key_places, step[2],
+        columns, geometry_of(first[2] // TILE[2], group, plan, PERIOD) + head * total, first, box, step[2],
         length, KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
     )  # fmt: skip
     everywhere = tl.full([BLOCK], True, tl.int1)
@@ -132,7 +145,8 @@ def gather_bias_kernel(
     length = group[2]
     start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
     steps = box_steps(start, stop, BOX)
-    places, _, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    places = places_of(tl.arange(0, BLOCK), first, TILE)
+    valid = before(places, length)
     z, y, x = places[0][None, :], places[1][None, :], places[2][None, :]
     offset = _split(entry, KERNEL)
     seen = valid[None, :] & (entry < ALL)

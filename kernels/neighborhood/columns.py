@@ -5,6 +5,10 @@ geometries. The column table has, for each head, geometry and row offset, the bi
 against those of each box, and -inf where a pair is not seen. A row offset stands for the offsets of a pair along all
 axes but the last; one more row, all -inf, is for pairs that one of these axes hides. So a program finds bias and
 visibility together, by one row for each place of its tile and each row of a box.
+
+A thread holds the products of a tensor core in pairs of columns, 8 columns apart; four threads share a row. Of 16
+columns, the two pairs of one thread lie next to each other in the table: a thread reads what it adds to its products,
+16 bytes at a time, and nothing changes threads through shared memory.
 """
 
 import math
@@ -14,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import LOG2_E
-from .tiles import axis_box, axis_sees, row_offset
+from .tiles import axis_box, axis_sees, clamp, places_of, row_offset
 
 
 class Geometries(NamedTuple):
@@ -57,6 +61,15 @@ def geometry_of(first, group, plan, PERIOD: tl.constexpr):
 
 
 @triton.jit
+def _cell(own, other, BOX: tl.constexpr):
+    """Where the table has a place of the tile and one of a box: the pairs of a thread's fragment are neighbours."""
+    if BOX[2] % 16 == 0:
+        pair = other // 2 % 4 * 2 + other // 8 % 2
+        other = other // 16 * 16 + pair * 2 + other % 2
+    return own * BOX[2] + other
+
+
+@triton.jit
 def column_table_kernel(
     query,
     table,
@@ -86,7 +99,7 @@ def column_table_kernel(
     first = tl.where(number < lead + PERIOD, number, tail + number - lead - PERIOD) * TILE[2]
     start, _ = axis_box(first, length, TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY)
     own = tl.minimum(first + tl.arange(0, TILE[2]), length - 1)[:, None]
-    cell = tl.arange(0, TILE[2])[:, None] * BOX[2] + tl.arange(0, BOX[2])[None, :]
+    cell = _cell(tl.arange(0, TILE[2])[:, None], tl.arange(0, BOX[2])[None, :], BOX)
     for step in range(0, STEPS):
         other = start + step * BOX[2] + tl.arange(0, BOX[2])[None, :]
         of_query, of_key = (other, own) if BY_KEY else (own, other)
@@ -99,35 +112,59 @@ def column_table_kernel(
 
 
 @triton.jit
+def _load_rows(
+    columns, begin, tile, box, own, other, within, length,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, RANK: tl.constexpr,
+    TILE: tl.constexpr, BOX: tl.constexpr, STEPS: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
+    """What the table has of slots `own` of the tile and `other` of the box, at `within` in the part of a place."""
+    of_tile, of_box = clamp(places_of(own, tile, TILE), length), places_of(other, box, BOX)
+    of_query, of_key = (of_box, of_tile) if BY_KEY else (of_tile, of_box)
+    row = row_offset(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK, BY_KEY)
+    row = row * (STEPS * TILE[2] * BOX[2]) + own % TILE[2] * BOX[2]
+    offset = row + within
+    if len(offset.shape) > 2:
+        offset = tl.multiple_of(offset, (1, 1, 1, 1, 1, 4))  # more than the compiler finds out
+    return tl.load(columns + begin + offset)
+
+
+@triton.jit
 def load_columns(
-    columns,
-    number,
-    of_tile,
-    of_box,
-    step,
-    length,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BY_KEY: tl.constexpr,
-):
+    columns, number, tile, box, step, length,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, RANK: tl.constexpr,
+    TILE: tl.constexpr, BOX: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
     """What the pairs of a tile (rows) and a box add to their scores in base 2, -inf where they do not see each other.
 
     Args:
         number: of the geometry, counted over heads.
+        tile, box: the first places of both.
         step: number of the box along the last axis.
     """
     ROWS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1)
     CELLS: tl.constexpr = TILE[2] * BOX[2]
-    slot = tl.arange(0, BLOCK)
-    own, others = (of_tile[0][:, None], of_tile[1][:, None]), (of_box[0][None, :], of_box[1][None, :])
-    of_query, of_key = (others, own) if BY_KEY else (own, others)
-    row = row_offset(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK, BY_KEY)
+    PARTS: tl.constexpr = BLOCK // 16
     begin = number.to(tl.int64) * ((ROWS + 1) * STEPS * CELLS) + step * CELLS
-    cell = (slot % TILE[2] * BOX[2])[:, None] + (slot % BOX[2])[None, :]
-    return tl.load(columns + begin + (row * (STEPS * CELLS) + cell))
+    if BOX[2] % 16 == 0:
+        # axes: threads of a row, rows, warps, two halves of the rows of a warp, fragments along a row, their columns
+        thread = tl.arange(0, 4)[:, None, None, None, None, None] * 4
+        own = tl.arange(0, 8)[None, :, None, None, None, None]
+        own += tl.arange(0, PARTS)[None, None, :, None, None, None] * 16
+        own += tl.arange(0, 2)[None, None, None, :, None, None] * 8
+        part = tl.arange(0, PARTS)[None, None, None, None, :, None] * 16
+        within = thread + part % BOX[2] + tl.arange(0, 4)[None, None, None, None, None, :]
+        values = tl.zeros([4, 8, PARTS, 2, PARTS, 4], tl.float32)
+        if length[2] > 0:  # always; a load inside a condition is left out of the software pipeline
+            values = _load_rows(
+                columns, begin, tile, box, own, part, within, length,
+                KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BY_KEY,
+            )  # fmt: skip
+        values = tl.reshape(values, [4, 8, PARTS, 2, PARTS, 2, 2])
+        values = tl.reshape(tl.permute(values, (2, 3, 1, 4, 5, 0, 6)), [BLOCK, BLOCK])
+    else:
+        slot = tl.arange(0, BLOCK)
+        values = _load_rows(
+            columns, begin, tile, box, slot[:, None], slot[None, :], (slot % BOX[2])[None, :], length,
+            KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BY_KEY,
+        )  # fmt: skip
+    return values

@@ -30,9 +30,8 @@ from ..triton_common import (
     store_attention,
     store_delta,
     store_map,
-    token_pointers,
 )
-from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs
+from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs, load_for_columns
 from .columns import column_table_kernel, geometries, geometry_of, load_columns
 from .tiles import before, box_at, box_of, box_of_tokens, box_steps, next_box, program_tile, tile_of_tokens
 
@@ -50,6 +49,16 @@ IMAGES = 32
 """The most images that a program of the gradient of the table sums up,"""
 PROGRAMS = 512
 """and the number of programs below which they sum up fewer."""
+
+
+@triton.jit
+def _load_box(
+    left, right, box, stop, group, plan, head,
+    BOX: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The tokens of a box, of two tensors."""
+    position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
+    return load_maps(left, right, position, head, tl.full([BLOCK], True, tl.int1), HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -85,7 +94,7 @@ def forward_kernel(
     number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
     if BIASED:
         number += head * total
-    places, position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
     everywhere = tl.full([BLOCK], True, tl.int1)
     queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
     state = start_softmax(BLOCK, CHANNELS)
@@ -94,10 +103,9 @@ def forward_kernel(
     step = (0, 0, 0)
     for _ in range(0, steps[0] * steps[1] * steps[2]):
         box = box_at(step, start, BOX)
-        key_places, key_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-        keys, values = load_maps(key, value, key_position, head, everywhere, HEAD_DIM, CHANNELS)
+        keys, values = _load_box(key, value, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
         bias = load_columns(
-            columns, number, places, key_places, step[2], length,
+            columns, number, first, box, step[2], length,
             KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
         )  # fmt: skip
         state = attend(state, queries, keys, values, True, bias, scale, PRECISION)
@@ -139,7 +147,7 @@ def backward_query_kernel(
     length = group[2]
     if not before(first, length):
         return
-    places, position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
     grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
     deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_query is not None:
@@ -155,10 +163,9 @@ def backward_query_kernel(
         step = (0, 0, 0)
         for _ in range(0, steps[0] * steps[1] * steps[2]):
             box = box_at(step, start, BOX)
-            key_places, key_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-            keys, values = load_maps(key, value, key_position, head, everywhere, HEAD_DIM, CHANNELS)
+            keys, values = _load_box(key, value, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
             bias = load_columns(
-                columns, number, places, key_places, step[2], length,
+                columns, number, first, box, step[2], length,
                 KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
             )  # fmt: skip
             of_pairs = gradient_of_pairs(
@@ -167,17 +174,6 @@ def backward_query_kernel(
             sums += multiply(of_pairs[1], keys, PRECISION)
             step = next_box(step, steps)
         store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
-
-
-@triton.jit
-def _load_for_columns(statistic, position, head):
-    """A statistic of the queries that are columns of a product.
-
-    Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
-    by itself, address by address, unless there are numbers enough for all threads.
-    """
-    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
-    return tl.max(tl.load(pointers), 1)
 
 
 @triton.jit
@@ -217,7 +213,7 @@ def backward_key_kernel(
     number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
     if BIASED:
         number += head * total
-    places, position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
+    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
     everywhere = tl.full([BLOCK], True, tl.int1)
     keys, values = load_maps(key, value, position, head, everywhere, HEAD_DIM, CHANNELS)
     of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
@@ -227,14 +223,13 @@ def backward_key_kernel(
     step = (0, 0, 0)
     for _ in range(0, steps[0] * steps[1] * steps[2]):
         box = box_at(step, start, BOX)
-        query_places, query_position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-        queries, grads = load_maps(query, grad_output, query_position, head, everywhere, HEAD_DIM, CHANNELS)
-        of_softmax = _load_for_columns(logsumexp, query_position, head) * LOG2_E
-        deltas = _load_for_columns(delta, query_position, head)
+        queries, grads = _load_box(query, grad_output, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
         bias = load_columns(
-            columns, number, places, query_places, step[2], length,
+            columns, number, first, box, step[2], length,
             KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
         )  # fmt: skip
+        of_softmax = load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
+        deltas = load_for_columns(delta, box, stop, group, plan, head, BOX, BLOCK)
         weights, of_scores = gradient_of_pairs(
             keys, queries, values, grads, bias, of_softmax[None, :], deltas[None, :], scale, PRECISION
         )

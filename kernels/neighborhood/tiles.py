@@ -33,7 +33,7 @@ def program_tile(program, heads, plan, TILE: tl.constexpr):
 
 
 @triton.jit
-def _places(slot, first, EXTENT: tl.constexpr):
+def places_of(slot, first, EXTENT: tl.constexpr):
     z = first[0] + slot // (EXTENT[1] * EXTENT[2])
     y = first[1] + slot // EXTENT[2] % EXTENT[1]
     return z, y, first[2] + slot % EXTENT[2]
@@ -54,26 +54,24 @@ def position_of(places, group, plan):
 
 
 @triton.jit
-def _clamp(places, stop):
+def clamp(places, stop):
     return tl.minimum(places[0], stop[0] - 1), tl.minimum(places[1], stop[1] - 1), tl.minimum(places[2], stop[2] - 1)
 
 
 @triton.jit
 def tile_of_tokens(first, group, plan, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens of a tile: their places, their position in the map, and which of them lie in the group.
+    """The tokens of a tile: their position in the map, and which of them lie in the group.
 
     Those that do not are taken for the last ones, so that they can be read and need no mask.
     """
-    places = _places(tl.arange(0, BLOCK), first, EXTENT)
-    inside = _clamp(places, group[2])
-    return inside, position_of(inside, group, plan), before(places, group[2])
+    places = places_of(tl.arange(0, BLOCK), first, EXTENT)
+    return position_of(clamp(places, group[2]), group, plan), before(places, group[2])
 
 
 @triton.jit
 def box_of_tokens(first, stop, group, plan, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens of a box: their places, and a position in the map to read from, which lies before stop."""
-    places = _places(tl.arange(0, BLOCK), first, EXTENT)
-    return places, position_of(_clamp(places, stop), group, plan)
+    """The positions in the map to read a box from, all before stop."""
+    return position_of(clamp(places_of(tl.arange(0, BLOCK), first, EXTENT), stop), group, plan)
 
 
 @triton.jit

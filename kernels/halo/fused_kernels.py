@@ -1,0 +1,379 @@
+"""Kernels of fused halo attention (see fused.py): attention and its gradients, a strip of a window at a time."""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import (
+    LOG2_E,
+    attend,
+    load_logsumexp,
+    load_map,
+    multiply,
+    start_softmax,
+    store_attention,
+    store_map,
+    token_pointers,
+)
+
+
+@triton.jit
+def _program(heads, blocks, PARTS: tl.constexpr):
+    """What a program owns: head, part of a block, and block (image, row, column)."""
+    rest = tl.program_id(0) // (heads * PARTS)
+    block = (rest // (blocks[0] * blocks[1]), rest // blocks[1] % blocks[0], rest % blocks[1])
+    return tl.program_id(0) % heads, tl.program_id(0) // heads % PARTS, block
+
+
+@triton.jit
+def _tokens(slot, block, SIDE: tl.constexpr):
+    """Positions of the tokens of a block of SIDE x SIDE, and which slots hold one."""
+    image, row, column = block
+    return (image, row * SIDE + slot // SIDE, column * SIDE + slot % SIDE), slot < SIDE * SIDE
+
+
+@triton.jit
+def _within(place, length):
+    """Whether 0 <= place < length, in one comparison."""
+    return place.to(tl.uint32, bitcast=True) < tl.cast(length, tl.uint32)
+
+
+@triton.jit
+def _cells(row, column, block, size, SIDES: tl.constexpr):
+    """Position in the map of cells of a window, and which of them are cells of it that lie inside the map."""
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    image, block_row, block_column = block
+    y = block_row * SIDES[1] - SIDES[2] + row
+    x = block_column * SIDES[1] - SIDES[2] + column
+    return (image, y, x), _within(y, size[0]) & _within(x, size[1]) & (row < side) & (column < side)
+
+
+@triton.jit
+def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+    """Relative logits (queries, lines) in base 2 of rows or columns of a window, -inf of those that take no part.
+
+    Args:
+        line: rows or columns in the window.
+        corner: where the window begins in the map, whose extent is length.
+    """
+    taken = line < SIDES[1] + 2 * SIDES[2]
+    if MASK_PADDING:
+        taken = taken & _within(corner + line, length)
+    if logits is None:
+        values = tl.where(taken, 0.0, float("-inf"))[None, :]
+    else:
+        pointers = token_pointers(logits, position, head)[:, None] + line[None, :]
+        values = tl.load(pointers, mask=valid[:, None] & taken[None, :], other=0.0).to(tl.float32) * LOG2_E
+        values = tl.where(taken[None, :], values, float("-inf"))
+    return values
+
+
+@triton.jit
+def _height(height, row, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+    corner = block[1] * SIDES[1] - SIDES[2]
+    return _logits(height, position, head, valid, row, corner, size[0], SIDES, MASK_PADDING)
+
+
+@triton.jit
+def _width(width, column, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+    corner = block[2] * SIDES[1] - SIDES[2]
+    return _logits(width, position, head, valid, column, corner, size[1], SIDES, MASK_PADDING)
+
+
+@triton.jit
+def _outer_sum(of_rows, of_columns, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(queries, ROWS) and (queries, COLUMNS) added for each cell of a strip, (queries, ROWS * COLUMNS)."""
+    cells = of_rows[:, :, None] + of_columns[:, None, :]
+    return tl.reshape(tl.broadcast_to(cells, [QUERIES, ROWS, COLUMNS]), [QUERIES, ROWS * COLUMNS])
+
+
+@triton.jit
+def _load_strip(
+    key, value, top, left, head, block, size,
+    SIDES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Row and column in the window of the cells of a strip, and their keys and values."""
+    slot = tl.arange(0, ROWS * COLUMNS)
+    row, column = top + slot // COLUMNS, left + slot % COLUMNS
+    cells, inside = _cells(row, column, block, size, SIDES)
+    keys = load_map(key, cells, head, inside, HEAD_DIM, CHANNELS)
+    return row, column, keys, load_map(value, cells, head, inside, VALUE_DIM, VALUE_CHANNELS)
+
+
+@triton.jit
+def _attend_strip(
+    state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of a softmax with the cells of one more strip."""
+    _, _, keys, values = _load_strip(
+        key, value, top, left, head, block, size,
+        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    )  # fmt: skip
+    rows = top + tl.arange(0, ROWS)
+    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
+    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    return attend(state, queries, keys, values, True, bias, scale, PRECISION)
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    height,
+    width,
+    output,
+    logsumexp,
+    plan,
+    heads,
+    scale,
+    SIDES: tl.constexpr,
+    MASK_PADDING: tl.constexpr,
+    PARTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: one part of the queries of a block, for one head. It goes through its window in strips."""
+    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    ROWS: tl.constexpr = BLOCK // COLUMNS
+    REST: tl.constexpr = SIDE % ROWS
+    size, blocks = plan
+    head, part, block = _program(heads, blocks, PARTS)
+    position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+    state = start_softmax(QUERIES, VALUE_CHANNELS)
+    for left in tl.static_range(0, SIDE, COLUMNS):
+        columns = left + tl.arange(0, COLUMNS)
+        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        for top in range(0, SIDE - REST, ROWS):
+            state = _attend_strip(
+                state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+        if REST > 0:
+            state = _attend_strip(
+                state, queries, key, value, height, of_columns, SIDE - REST, left, position, head, valid, block, size,
+                scale, SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+    store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+
+
+@triton.jit
+def _store_strip(window, values, row, column, SIDES: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write the gradients of cells (cells, CHANNELS) of a window whose gradients begin at `window`."""
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    channel = tl.arange(0, CHANNELS)
+    pointers = window + ((row * side + column) * DIM)[:, None] + channel[None, :]
+    mask = ((row < side) & (column < side))[:, None] & (channel < DIM)[None, :]
+    tl.store(pointers, values.to(window.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _differentiate_strip(
+    of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+    grad_query, grad_height, grad_width, window_keys, window_values,
+    top, left, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of queries and of the logits of columns with the cells of one more strip; the others are written.
+
+    of_columns lacks the logsumexp.
+    """
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    row, column, keys, values = _load_strip(
+        key, value, top, left, head, block, size,
+        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    )  # fmt: skip
+    rows = top + tl.arange(0, ROWS)
+    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
+    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias)
+    of_scores = weights * (tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    if grad_query is not None:
+        of_queries += multiply(of_scores, keys, PRECISION)
+    if grad_height is not None:
+        sums = tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 2)
+        _add_lines(grad_height, sums, rows, position, head, valid, left > 0, side)
+    if grad_width is not None:
+        of_width += tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 1)
+    if window_keys is not None:
+        of_keys = multiply(tl.trans(of_scores.to(queries.dtype)), queries, PRECISION) * scale
+        _store_strip(window_keys, of_keys, row, column, SIDES, HEAD_DIM, CHANNELS)
+    if window_values is not None:
+        of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
+        _store_strip(window_values, of_values, row, column, SIDES, VALUE_DIM, VALUE_CHANNELS)
+    return of_queries, of_width
+
+
+@triton.jit(do_not_specialize=["first"])
+def backward_query_kernel(
+    query,
+    key,
+    value,
+    height,
+    width,
+    grad_output,
+    output,
+    logsumexp,
+    grad_query,
+    grad_height,
+    grad_width,
+    window_keys,
+    window_values,
+    first,
+    plan,
+    heads,
+    scale,
+    SIDES: tl.constexpr,
+    MASK_PADDING: tl.constexpr,
+    PARTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the gradients of a part of the queries of a block, of their logits, and their share in the
+    gradients of the keys and values of the window, which goes to window_keys and window_values."""
+    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    ROWS: tl.constexpr = BLOCK // COLUMNS
+    REST: tl.constexpr = SIDE % ROWS
+    size, blocks = plan
+    head, part, block = _program(heads, blocks, PARTS)
+    block = (first + block[0], block[1], block[2])
+    position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+    outputs = load_map(output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+    delta = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
+    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+    of_softmax = load_logsumexp(logsumexp, position, head, valid)
+    of_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)
+    window = tl.program_id(0).to(tl.int64) * (SIDE * SIDE)
+    if window_keys is not None:
+        window_keys += window * HEAD_DIM
+    if window_values is not None:
+        window_values += window * VALUE_DIM
+    for left in tl.static_range(0, SIDE, COLUMNS):
+        columns = left + tl.arange(0, COLUMNS)
+        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        of_width = tl.zeros([QUERIES, COLUMNS], tl.float32)
+        for top in range(0, SIDE - REST, ROWS):
+            of_queries, of_width = _differentiate_strip(
+                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+                grad_query, grad_height, grad_width, window_keys, window_values,
+                top, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+        if REST > 0:
+            of_queries, of_width = _differentiate_strip(
+                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+                grad_query, grad_height, grad_width, window_keys, window_values,
+                SIDE - REST, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+        if grad_width is not None:
+            _add_lines(grad_width, of_width, columns, position, head, valid, False, SIDE)
+    if grad_query is not None:
+        store_map(grad_query, of_queries * scale, position, head, valid, HEAD_DIM, CHANNELS)
+
+
+@triton.jit
+def _add_lines(logits, values, line, position, head, valid, ADD: tl.constexpr, SIDE: tl.constexpr):
+    """Write, or add, gradients (queries, lines) of the relative logits of rows or columns."""
+    pointers = token_pointers(logits, position, head)[:, None] + line[None, :]
+    mask = valid[:, None] & (line < SIDE)[None, :]
+    if ADD:
+        values += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, values.to(logits.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first"])
+def backward_key_kernel(
+    query,
+    window_keys,
+    window_values,
+    grad_key,
+    grad_value,
+    first,
+    plan,
+    heads,
+    SIDES: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+):
+    """One program: a part of a block of the map, for one head; it adds up the gradients of the windows that hold it.
+
+    WINDOWS: shares that the gradient of a window is made of.
+    """
+    _, blocks = plan
+    head, part, block = _program(heads, blocks, PARTS)
+    slot = part * BLOCK + tl.arange(0, BLOCK)
+    position, valid = _tokens(slot, (first + block[0], block[1], block[2]), SIDES[1])
+    if grad_key is not None:
+        sums = _overlap(window_keys, slot, valid, block, head, blocks, heads, SIDES, WINDOWS, HEAD_DIM, CHANNELS)
+        store_map(grad_key, sums, position, head, valid, HEAD_DIM, CHANNELS)
+    if grad_value is not None:
+        sums = _overlap(
+            window_values, slot, valid, block, head, blocks, heads, SIDES, WINDOWS, VALUE_DIM, VALUE_CHANNELS
+        )
+        store_map(grad_value, sums, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+
+
+@triton.jit
+def _overlap(
+    windows,
+    slot,
+    valid,
+    block,
+    head,
+    blocks,
+    heads,
+    SIDES: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Sum over all windows, those of a block and of its neighbours, of what they have of the tokens of the block."""
+    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    REACH: tl.constexpr = (SIDES[2] + SIDES[1] - 1) // SIDES[1]
+    image, block_row, block_column = block
+    channel = tl.arange(0, CHANNELS)
+    sums = tl.zeros([slot.shape[0], CHANNELS], tl.float32)
+    for y in tl.static_range(-REACH, REACH + 1):
+        for x in tl.static_range(-REACH, REACH + 1):
+            row = slot // SIDES[1] + SIDES[2] - y * SIDES[1]
+            column = slot % SIDES[1] + SIDES[2] - x * SIDES[1]
+            held = valid & _within(row, side) & _within(column, side)
+            held = held & _within(block_row + y, blocks[0]) & _within(block_column + x, blocks[1])
+            place = (image * blocks[0] + block_row + y) * blocks[1] + block_column + x
+            for share in tl.static_range(0, WINDOWS):
+                window = ((place * WINDOWS + share) * heads + head).to(tl.int64) * (side * side * DIM)
+                pointers = windows + window + ((row * side + column) * DIM)[:, None] + channel[None, :]
+                mask = held[:, None] & (channel < DIM)[None, :]
+                sums += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    return sums
