@@ -42,6 +42,8 @@ class BenchOptions:
     """With a bias table for windows and neighborhoods."""
     flex: bool = False
     """Also compile torch's flex_attention, for windows and neighborhoods. Minutes on a CPU, and no backward there."""
+    without: tuple[str, ...] = ()
+    """Implementations to leave out, such as reference."""
     csv: Path | None = None
     """Also write the table to this file."""
 
@@ -102,7 +104,7 @@ def _measure_case(
 ) -> Iterator[Row]:
     problem = make_problem(op, shape, getattr(torch, dtype), options.device, options.flex, options.bias)
     for step in STEPS:
-        calls = dict(_calls(problem, step))
+        calls = {name: call for name, call in _calls(problem, step) if name not in options.without}
         times = kernel_times(calls, options.repeats, options.device)
         floor_bytes, floor_flops = problem.floor(step)
         floor = max(floor_bytes / ceilings.bytes_per_second, floor_flops / ceilings.flops_per_second)
@@ -115,7 +117,7 @@ def _measure_case(
                 step,
                 name,
                 times[name] * 1e3,
-                times[name] / times["tiled"],
+                times[name] / times.get("tiled", times[name]),
                 peak_bytes(call, options.device) / 2**20,
                 floor_bytes / 2**20,
                 floor_flops / 1e9,
