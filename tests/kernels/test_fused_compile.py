@@ -22,6 +22,9 @@ LIGHT_KERNELS = {
     "window_attention": {"bias", "sum_by_offset"},
 }
 """Kernels without matrix products."""
+TIMED_SPILLS = {("hopper", "aggregated_attention", "forward", 32, torch.bfloat16): 40}
+"""Bytes that an entry of the table spills because it is faster so: on an H200 this one takes 221 us for the first stage of
+TransNeXt, the best that does not spill 306 us. Triton 3.6 does not spill it."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,7 @@ def check(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> N
     for name, started in record_case(case, head_dim, dtype, architecture).items():
         found = compile_launch(started, architecture)
         report = f"{case.operator} {name} head_dim={head_dim} {dtype} {started.parameters}: {found}"
-        assert found.spilled == 0, report
+        assert found.spilled <= TIMED_SPILLS.get((architecture, case.operator, name, head_dim, dtype), 0), report
         assert found.shared <= ARCHITECTURES[architecture].shared, report
         assert found.occupancy > 0, report
         # float32 products are exact, which tensor cores are not.
@@ -58,7 +61,7 @@ def test_allowed_tf32_uses_tensor_cores() -> None:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        started = record_case(Case("window_attention", 4), 32, torch.float32, "hopper")["forward"]
+        started = record_case(Case("window_attention", 4), 32, torch.float32, "hopper")["forward_whole"]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
     assert compile_launch(started, "hopper").tensor_core_instructions > 0
@@ -85,7 +88,7 @@ def test_other_architectures_compile_within_their_memory(architecture: str) -> N
     for name, started in record_case(CASES[1], 32, torch.bfloat16, architecture).items():
         found = compile_launch(started, architecture)
         assert found.shared <= ARCHITECTURES[architecture].shared, (name, found)
-        assert found.tensor_core_instructions > 0, (name, found)
+        assert found.tensor_core_instructions > 0 or name in LIGHT_KERNELS["window_attention"], (name, found)
 
 
 def test_the_table_refuses_an_unknown_architecture() -> None:
