@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels import backend
+from ..kernels.dispatch import BACKENDS
 from .measure import Ceilings, kernel_times, measure_ceilings, peak_bytes, report, tracked
 from .ops_cases import SHAPES, Problem, make_problem
 
@@ -133,7 +135,7 @@ def _calls(problem: Problem, step: str) -> Iterator[tuple[str, Callable[[], obje
             continue
         if name == "flex" and on_cpu and step != "forward":
             continue
-        yield name, _call(function, problem, step)
+        yield name, _call(function, problem, step, name if name in BACKENDS else "auto")
 
 
 def _runs(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> bool:
@@ -144,13 +146,18 @@ def _runs(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> bool:
     return True
 
 
-def _call(function: Callable[..., Tensor], problem: Problem, step: str) -> Callable[[], object]:
+def _call(function: Callable[..., Tensor], problem: Problem, step: str, chosen: str) -> Callable[[], object]:
+    """Args: chosen: the backend, which the backward looks up again."""
     if step == "forward":
         return partial(_forward, function, problem.leaves)
-    if step == "forward+backward":
-        return lambda: torch.autograd.grad(function(*problem.leaves), problem.leaves, problem.grad_output)
-    output = function(*problem.leaves)
-    return partial(torch.autograd.grad, output, problem.leaves, problem.grad_output, retain_graph=True)
+    kept = function(*problem.leaves) if step == "backward" else None
+
+    def differentiate() -> None:
+        output = function(*problem.leaves) if kept is None else kept
+        with backend(chosen):
+            torch.autograd.grad(output, problem.leaves, problem.grad_output, retain_graph=kept is not None)
+
+    return differentiate
 
 
 def _forward(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> None:

@@ -31,7 +31,8 @@ def read(name: str, *keys: str) -> Table:
 def provenance(name: str) -> str:
     """How a results file came about."""
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return "{device}, torch {torch}, triton {triton}, {date}: `{command}`".format(**found)
+    line = "{device}, torch {torch}, triton {triton}, {date}: `{command}`.".format(**found)
+    return f"{line} {found.get('note', '')}".strip()
 
 
 def ratio(rows: dict[str, Row], slower: str, faster: str) -> str:
@@ -70,7 +71,12 @@ def models(name: str) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-TABLES = {"operators": operators, "operators_without_bias": operators, "models": models}
+TABLES = {
+    "operators": operators,
+    "operators_without_bias": operators,
+    "operators_flex": operators,
+    "models": models,
+}
 
 
 def section() -> str:

@@ -39,7 +39,7 @@ def test_operators(results: Path) -> None:
         [{**case, "implementation": name, "ms": ms, "floor_fraction": 0.5} for name, ms in times.items()],
     )
     assert "| window | 1x7x7 | forward | 100 | 50 % | 3.0 | 5.5 |  |" in performance.section()
-    assert "a GPU, torch 2, triton 3, today: `vicinal bench`" in performance.section()
+    assert "a GPU, torch 2, triton 3, today: `vicinal bench`." in performance.section()
 
 
 def test_models(results: Path) -> None:

@@ -23,8 +23,8 @@ LIGHT_KERNELS = {
 }
 """Kernels without matrix products."""
 TIMED_SPILLS = {("hopper", "aggregated_attention", "forward", 32, torch.bfloat16): 40}
-"""Bytes that an entry of the table spills because it is faster so: on an H200 this one takes 221 us for the first stage of
-TransNeXt, the best that does not spill 306 us. Triton 3.6 does not spill it."""
+"""Bytes that an entry of the table spills because it is faster so: on an H200 this one takes 221 us for the first stage
+of TransNeXt, the best that does not spill 306 us. Triton 3.6 does not spill it."""
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,9 @@ names_by_tracing_time = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_TO_TRACE else ()) for name in MODELS]
 )
 
+ROUNDING = 2 * torch.finfo(torch.float32).eps
+"""Of sums of numbers of size one: what is left of gradients that would be zero without it."""
+
 
 def create(name: str) -> nn.Module:
     torch.manual_seed(0)
@@ -79,7 +82,7 @@ def test_compile_without_graph_breaks_trains(name: str, dynamic: bool):
         expected.square().sum().backward()
         assert_same_numbers(actual, expected)
         for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-            assert (ours.grad - theirs.grad).abs().max() <= 1e-3 * theirs.grad.abs().max() + 1e-7
+            assert (ours.grad - theirs.grad).abs().max() <= 1e-3 * theirs.grad.abs().max() + ROUNDING
 
 
 @pytest.mark.slow
@@ -132,7 +135,7 @@ def test_a_scripted_model_trains(name: str):
     model.zero_grad()
     model(image).square().sum().backward()
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        assert (gradient - parameter.grad).abs().max() <= 1e-4 * parameter.grad.abs().max() + 1e-7
+        assert (gradient - parameter.grad).abs().max() <= 1e-4 * parameter.grad.abs().max() + ROUNDING
 
 
 def test_a_scripted_model_refuses_attention_dropout():
