@@ -242,9 +242,19 @@ def as_tokens(tensor: Tensor, axes: int, channels: bool = True) -> Tokens:
     return Tokens(tensor, (batch, *missing, *spatial, heads), tl.constexpr(align), tl.constexpr(reach >= 2**31))
 
 
+def ceil_div(total: int, share: int) -> int:
+    """Parts that shares of a total make. Triton's function of that name takes microseconds."""
+    return -(-total // share)
+
+
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def padded_channels(head_dim: int) -> int:
     """A power of two, and no less than a tensor core takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_two(head_dim))
 
 
 def precision(dtype: torch.dtype) -> str:

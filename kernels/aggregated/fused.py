@@ -6,12 +6,11 @@ programs leave partial sums in float32, which are added in a fixed order. There 
 from typing import Optional, Sequence
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..launch import Parameters
-from ..triton_common import Call, Tokens, as_tokens, refuse_tensors
+from ..triton_common import Call, Tokens, as_tokens, ceil_div, next_power_of_two, refuse_tensors
 from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
 from .fused_pooled_kernels import backward_bias_kernel, backward_pooled_kernel
 
@@ -51,8 +50,8 @@ class _Call(Call):
         )
         self.pooled = self.arguments["pooled"] = self.arguments["pooled_key"].pointer.shape[1]
         widest = 64 if self.head_dim <= 32 else 32
-        step = max(16, min(widest, triton.next_power_of_2(self.pooled)))
-        self.steps = triton.cdiv(self.pooled, step)
+        step = max(16, min(widest, next_power_of_two(self.pooled)))
+        self.steps = ceil_div(self.pooled, step)
         self.arguments.update(STEP=step, CELLS=self.steps * step, WHOLE=self.pooled <= step)
         if pooled_bias is not None:
             pooled_bias = pooled_bias.expand(self.heads, self.tokens_of_map, self.pooled)
@@ -63,9 +62,9 @@ class _Call(Call):
 
     def tiling(self, parameters: Parameters) -> tuple[tuple[int, int], tuple[int, int], int, int]:
         """Extent of a tile, number of tiles along each axis, images that a program takes one through, and parts."""
-        rows = min(2 ** ((parameters.block.bit_length() - 1) // 2), triton.next_power_of_2(self.size[0]))
+        rows = min(2 ** ((parameters.block.bit_length() - 1) // 2), next_power_of_two(self.size[0]))
         tile = (rows, parameters.block // rows)
-        tiles = tuple(triton.cdiv(size, extent) for size, extent in zip(self.size, tile, strict=True))
+        tiles = tuple(ceil_div(size, extent) for size, extent in zip(self.size, tile, strict=True))
         return tile, tiles, *_share(self.batch, tiles[0] * tiles[1] * self.heads, TILE_PROGRAMS * PROGRAMS)
 
     def programs_of_head(self, parameters: Parameters) -> int:
@@ -83,8 +82,8 @@ class _Call(Call):
             parameters,
             plan=(self.size, tiles, self.batch, self.heads, share),
             TILE=tile,
-            BOX=max(16, triton.next_power_of_2(box)),
-            SLOTS=max(16, triton.next_power_of_2(self.window**2)),
+            BOX=max(16, next_power_of_two(box)),
+            SLOTS=max(16, next_power_of_two(self.window**2)),
             **arguments,
         )
 
@@ -107,7 +106,7 @@ def _padded_bias(bias: Tensor, cells: int) -> Tensor:
 def _share(items: int, programs: int, wanted: int) -> tuple[int, int]:
     """Items that one program takes, where each item takes `programs` of them, and the number of parts that makes."""
     share = max(1, min(items, items * programs // wanted))
-    return share, triton.cdiv(items, share)
+    return share, ceil_div(items, share)
 
 
 def refuse(query: Tensor, *_) -> Optional[str]:
@@ -162,7 +161,7 @@ def _backward_pooled(call: _Call, needs_key: bool, needs_value: bool) -> list[Op
         return [None, None]
     parameters = call.parameters("backward_pooled")
     programs = call.batch * call.steps * call.heads
-    share, parts = _share(triton.cdiv(call.tokens_of_map, parameters.block), programs, PROGRAMS)
+    share, parts = _share(ceil_div(call.tokens_of_map, parameters.block), programs, PROGRAMS)
     shape = (parts, call.batch, call.pooled, call.heads, call.head_dim)
     partials = [call.partial(*shape) if needed else None for needed in (needs_key, needs_value)]
     sums = (None if partial is None else as_tokens(partial.flatten(0, 1), 1) for partial in partials)
@@ -174,7 +173,7 @@ def _backward_pooled(call: _Call, needs_key: bool, needs_value: bool) -> list[Op
 def _backward_bias(call: _Call) -> Tensor:
     """Gradient (heads, tokens, pooled) of the pooled bias."""
     parameters = call.parameters("backward_bias")
-    programs = triton.cdiv(call.tokens_of_map, parameters.block) * call.steps * call.heads
+    programs = ceil_div(call.tokens_of_map, parameters.block) * call.steps * call.heads
     share, parts = _share(call.batch, programs, PROGRAMS)
     partial = call.partial(parts, call.heads, call.tokens_of_map, call.pooled)
     call.submit(backward_bias_kernel, parts * programs, parameters, partial=partial, images_per_program=share)

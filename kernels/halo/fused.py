@@ -11,11 +11,10 @@ and their gradients take two to four times the room of the map's: as many images
 
 from typing import Any, Optional, Sequence
 
-import triton
 from torch import Tensor
 
 from ..launch import Parameters
-from ..triton_common import LARGEST_HEAD_DIM, Call, refuse_tensors
+from ..triton_common import LARGEST_HEAD_DIM, Call, ceil_div, next_power_of_two, refuse_tensors
 from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
 
 MOST_QUERIES = 64
@@ -58,16 +57,16 @@ class _Call(Call):
         """Start a kernel whose programs own queries."""
         parameters = self.parameters(name)
         queries, parts = self.share(parameters)
-        columns = min(parameters.block, max(16, triton.next_power_of_2(self.window)))
-        rest = triton.next_power_of_2(self.window % (parameters.block // columns))  # rows of the last strip
+        columns = min(parameters.block, max(16, next_power_of_two(self.window)))
+        rest = next_power_of_two(self.window % (parameters.block // columns))  # rows of the last strip
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
         shape = {"QUERIES": queries, "PARTS": parts, "COLUMNS": columns, "REST_ROWS": rest}
         self.submit(kernel, programs, parameters, **shape, **arguments)
 
     def share(self, parameters: Parameters) -> tuple[int, int]:
         """Queries that a program takes, and parts of a block that they make."""
-        queries = min(2 * parameters.block, MOST_QUERIES, max(16, triton.next_power_of_2(self.side**2)))
-        return queries, triton.cdiv(self.side**2, queries)
+        queries = min(2 * parameters.block, MOST_QUERIES, max(16, next_power_of_two(self.side**2)))
+        return queries, ceil_div(self.side**2, queries)
 
     def backward(self, needs_key: bool, needs_value: bool) -> None:
         """Images at a time: the gradients of all windows, then, for the keys and values, their sums."""
@@ -90,7 +89,7 @@ class _Call(Call):
 
     def _add_windows(self, images: int, shares: int, **arguments: Any) -> None:
         parameters = self.parameters("backward_key")
-        parts = triton.cdiv(self.block_size**2, parameters.block)
+        parts = ceil_div(self.block_size**2, parameters.block)
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
         self.submit(backward_key_kernel, programs, parameters, PARTS=parts, WINDOWS=shares, **arguments)
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2_E
+from ..triton_common import LOG2_E, ceil_div
 from .tiles import axis_box, axis_sees, clamp, places_of, row_offset
 
 
@@ -40,10 +40,10 @@ class Geometries(NamedTuple):
 def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) -> tuple[Geometries, int, int]:
     """The geometries of an axis, their PERIOD, and how many there are in all."""
     period = stride // math.gcd(stride, tile)
-    tiles = triton.cdiv(triton.cdiv(size, dilation), tile)
+    tiles = ceil_div(ceil_div(size, dilation), tile)
     ends = []
-    for length in (triton.cdiv(size, dilation), size // dilation):
-        lead, tail = triton.cdiv(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
+    for length in (ceil_div(size, dilation), size // dilation):
+        lead, tail = ceil_div(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
         ends.append((lead, tail) if tail >= lead + period else (tiles, tiles))
     counts = [tiles if lead == tiles else lead + period + tiles - tail for lead, tail in ends]
     return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)

@@ -21,10 +21,12 @@ from ..triton_common import (
     LOG2_E,
     Call,
     attend,
+    ceil_div,
     load_logsumexp,
     load_map,
     load_maps,
     multiply,
+    next_power_of_two,
     refuse_tensors,
     start_softmax,
     store_attention,
@@ -281,7 +283,7 @@ class _Call(Call):
         """Arguments that follow from the extent of tiles and boxes, and the column table for them."""
         tile = TILES[self.rank][parameters.block]
         axes = zip(self.size, self.dilation, tile, strict=True)
-        tiles = tuple(triton.cdiv(triton.cdiv(size, step), extent) for size, step, extent in axes)
+        tiles = tuple(ceil_div(ceil_div(size, step), extent) for size, step, extent in axes)
         known, period, total = geometries(self.size[2], self.dilation[2], self.kernel[2], self.stride[2], tile[2])
         box, most = self.box(parameters, tile), self.most_places(tile, by_key)
         self.arguments.update(
@@ -289,8 +291,8 @@ class _Call(Call):
             total=total,
             TILE=tile,
             BOX=box,
-            STEPS=triton.cdiv(most[2], box[2]),
-            BOXES=math.prod(triton.cdiv(extent, other) for extent, other in zip(most, box, strict=True)),
+            STEPS=ceil_div(most[2], box[2]),
+            BOXES=math.prod(ceil_div(extent, other) for extent, other in zip(most, box, strict=True)),
             PERIOD=period,
             BY_KEY=by_key,
         )
@@ -325,7 +327,7 @@ class _Call(Call):
             return 1, 1, parameters.block
         lengths = map(triton.cdiv, self.size, self.dilation)
         axes = zip(tile, self.kernel, lengths, strict=True)
-        across = [triton.next_power_of_2(min(extent + kernel - 1, length)) for extent, kernel, length in axes]
+        across = [next_power_of_two(min(extent + kernel - 1, length)) for extent, kernel, length in axes]
         columns = min(across[2], max(16, tile[2]))
         rows = parameters.block // columns
         if self.rank == 3:
@@ -339,7 +341,7 @@ class _Call(Call):
         boxes = self.arguments["BOXES"]
         tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
         images = max(1, min(IMAGES, self.batch, self.batch * tiles * boxes * self.heads // PROGRAMS))
-        chunks = triton.cdiv(self.batch, images)
+        chunks = ceil_div(self.batch, images)
         size = max(1, chunks) * self.heads * boxes * parameters.block**2 * 4
         most = max(1, min(tiles, SCRATCH // size))
         partial = self.query.new_empty((tiles, *self.table.shape), dtype=torch.float32)
@@ -349,7 +351,7 @@ class _Call(Call):
             shared = {"first_tile": first, "count": count, "sums": scratch}
             programs = chunks * count * boxes * self.heads
             self.submit(backward_bias_kernel, programs, parameters, batch=self.batch, images=images, **shared)
-            programs = count * self.heads * triton.cdiv(math.prod(self.table.shape[1:]), ENTRIES)
+            programs = count * self.heads * ceil_div(math.prod(self.table.shape[1:]), ENTRIES)
             self.submit(
                 gather_bias_kernel,
                 programs,

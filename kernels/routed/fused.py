@@ -20,10 +20,12 @@ from ..triton_common import (
     LARGEST_HEAD_DIM,
     LOG2_E,
     Call,
+    ceil_div,
     load_logsumexp,
     load_map,
     load_statistics,
     multiply,
+    next_power_of_two,
     refuse_tensors,
     softmax_step,
     start_softmax,
@@ -353,10 +355,10 @@ class _Call(Call):
         """Programs own tokens of regions; in each step they meet tokens of the regions in a list."""
         parameters = self.parameters(name)
         owned, step = (
-            min(parameters.block, max(16, triton.next_power_of_2(tokens)))
+            min(parameters.block, max(16, next_power_of_two(tokens)))
             for tokens in (self.tokens_of_region, self.topk * self.tokens_of_region)
         )
-        programs = self.batch * self.regions * triton.cdiv(self.tokens_of_region, owned) * self.heads
+        programs = self.batch * self.regions * ceil_div(self.tokens_of_region, owned) * self.heads
         warps = _warps(owned, self.arguments["CHANNELS"], self.query.element_size())
         parameters = parameters._replace(block=owned, warps=min(parameters.warps, warps))
         self.submit(kernel, programs, parameters, STEP=step, **arguments)
@@ -366,8 +368,8 @@ class _Call(Call):
         askers = self.routes.new_empty((self.batch, self.regions * self.topk), dtype=torch.int32)
         sections = self.routes.new_empty((self.batch, self.regions + 1), dtype=torch.int32)
         lists = {"askers": askers, "sections": sections}
-        routes = triton.next_power_of_2(self.topk)
-        block = min(max(1, ROUTES_OF_PROGRAM // routes), triton.next_power_of_2(self.regions))
+        routes = next_power_of_two(self.topk)
+        block = min(max(1, ROUTES_OF_PROGRAM // routes), next_power_of_two(self.regions))
         parameters = Parameters(block=block, warps=max(1, block * routes // 1024), stages=1)
         self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, ROUTES=routes, **lists)
         return lists

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import per_axis
 from ..launch import Parameters
-from ..triton_common import Call, refuse_tensors
+from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
 from .parts import backward_bias_kernel, backward_key_kernel, backward_query_kernel, forward_kernel
 from .places import cell
 from .whole import backward_whole_kernel, bias_kernel, forward_whole_kernel
@@ -70,7 +70,7 @@ class _Call(Call):
         super().__init__("window", query, key, value, scale)
         self.window = per_axis("window_size", window_size, 2)
         self.tokens_per_window = self.window[0] * self.window[1]
-        width = triton.next_power_of_2(self.window[1])  # which makes divisions shifts
+        width = next_power_of_two(self.window[1])  # which makes divisions shifts
         self.slots = self.window[0] * width
         counts = tuple(size // extent for size, extent in zip(self.size, self.window, strict=True))
         self.windows = self.batch * counts[0] * counts[1]
@@ -92,9 +92,9 @@ class _Call(Call):
         if self.tokens_per_window > parameters.block:
             return None
         pack = 1 if self.arguments["SHIFTED"] else parameters.block // self.tokens_per_window
-        block = max(16, triton.next_power_of_2(pack * self.tokens_per_window))
-        share = max(1, triton.cdiv(self.windows, pack) * self.heads // PROGRAMS[name])
-        programs = sum(triton.cdiv(self.batch * count, pack * share) for count in self.alike()) * self.heads
+        block = max(16, next_power_of_two(pack * self.tokens_per_window))
+        share = max(1, ceil_div(self.windows, pack) * self.heads // PROGRAMS[name])
+        programs = sum(ceil_div(self.batch * count, pack * share) for count in self.alike()) * self.heads
         sizes = {"share": share, "PACK": pack, "tiles": self.bias_tiles(block, pack)}
         return {"programs": programs, "parameters": parameters._replace(block=block), **sizes}
 
@@ -115,7 +115,7 @@ class _Call(Call):
 
     def parts(self, parameters: Parameters) -> int:
         """Programs for all parts of all windows."""
-        return self.windows * self.heads * triton.cdiv(self.slots, parameters.block)
+        return self.windows * self.heads * ceil_div(self.slots, parameters.block)
 
 
 def refuse(query: Tensor, *_) -> Optional[str]:
@@ -174,9 +174,9 @@ def _backward_parts(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Ten
 
 def _backward_bias(call: _Call) -> Tensor:
     parameters = call.parameters("backward_bias")
-    parts = triton.cdiv(call.slots, parameters.block)
+    parts = ceil_div(call.slots, parameters.block)
     share = max(1, call.windows * call.heads * parts**2 // PROGRAMS["backward_bias"])
-    chunks = triton.cdiv(call.windows, share)
+    chunks = ceil_div(call.windows, share)
     shape = (chunks, call.heads, parts * parameters.block, parts * parameters.block)
     partial = call.query.new_empty(shape, dtype=torch.float32)
     programs = chunks * parts**2 * call.heads
@@ -188,7 +188,7 @@ def _sum_by_offset(call: _Call, of_pairs: Tensor, width: int, pack: int) -> Tens
     """Gradient of the table from that of the scores of all pairs of slots of a block, (heads, slots, slots)."""
     of_table = call.query.new_empty(call.arguments["table"].shape, dtype=torch.float32)
     extent = of_pairs.shape[-1]
-    parameters = Parameters(triton.next_power_of_2(extent), 1, 1)
+    parameters = Parameters(next_power_of_two(extent), 1, 1)
     call.submit(
         sum_by_offset_kernel,
         of_table.numel(),
