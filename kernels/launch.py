@@ -1,9 +1,8 @@
 """Launch parameters of the Triton kernels: a static table by architecture, and the one place where kernels start.
 
-Nothing is tuned at import or at the first call. The table was chosen by compiling ahead of time: in bfloat16 and
-float32 no entry of head_dim 32 or 64 spills registers or exceeds the shared memory, which the tests hold it to; float16
-takes bfloat16's entries. What each takes is in docs/kernel_resources.md. Times measured by ``vicinal.eval.tune`` may
-replace the entries.
+Nothing is tuned at import or at the first call. Hopper's entries for two bytes and head_dim up to 32 were timed on an
+H200 (docs/kernel_times.md); the others were chosen by compiling ahead of time. The tests hold Hopper's entries of
+head_dim 32 to their registers and shared memory, and the slow ones those of all architectures.
 """
 
 from collections.abc import Iterator, Mapping
