@@ -1,8 +1,9 @@
 """Launch parameters of the Triton kernels: a static table by architecture, and the one place where kernels start.
 
 Nothing is tuned at import or at the first call. Hopper's entries for two bytes and head_dim up to 32 were timed on an
-H200 (docs/kernel_times.md); the others were chosen by compiling ahead of time. The tests hold Hopper's entries of
-head_dim 32 to their registers and shared memory, and the slow ones those of all architectures.
+H200 (docs/kernel_times.md), but for windows of several blocks; the others were chosen by compiling ahead of time. The
+tests hold Hopper's entries of head_dim 32 to their registers and shared memory, and the slow ones those of all
+architectures.
 """
 
 from collections.abc import Iterator, Mapping

@@ -33,8 +33,10 @@ def test_a_candidate_reaches_its_kernel(kernel: str) -> None:
     for case in tune.cases_of(kernel):
         with launch.replace({kernel: parameters}):
             launches = record_case(case, 32, torch.bfloat16, "hopper")
+        found = launches[kernel.partition("_")[2]].parameters
+        assert found.stages == parameters.stages
         # small regions lower the block, and with it the warps
-        assert launches[kernel.partition("_")[2]].parameters.stages == parameters.stages
+        assert found.warps == parameters.warps or kernel.startswith("routed")
         assert all(
             started.parameters.stages != parameters.stages
             for started in record_case(case, 32, torch.bfloat16, "hopper").values()
