@@ -66,8 +66,8 @@ def forward(
         weights = scores.sub_(largest).exp_()
         total = weights.sum(-1, keepdim=True)
         by_head = mixture.by_head(weights)
-        by_head.mul_((1 - mixture.share) / total.view(-1, mixture.heads, mixture.tokens, 1))
-        by_head.add_(mixture.weighted_position)
+        content_share = (1 - mixture.share) / total.view(-1, mixture.heads, mixture.tokens, 1)
+        torch.addcmul(mixture.weighted_position, by_head, content_share, out=by_head)
         mixture.store(torch.bmm(weights.to(values.dtype), values), output, chunk)
         mixture.store(total.log_().add_(largest), logsumexp, chunk)
     return output, logsumexp.squeeze(-1)
@@ -95,45 +95,59 @@ def backward(
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
     gradients = [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
     of_mixed = torch.zeros_like(mixture.position)
-    of_share = torch.zeros_like(mixture.share)
+    of_content = torch.zeros_like(mixture.share)  # sum of A dW by head
     for chunk in mixture.chunks(query):
         inputs = [mixture.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
         content = mixture.scores(*inputs[:2]).softmax(-1)
+        of_value = _value_gradient(mixture, content, inputs[3]) if needs_gradient[2] else None
         of_weights = torch.bmm(inputs[3], inputs[2].transpose(1, 2)).to(mixture.dtype)
-        if needs_gradient[3]:
+        if needs_gradient[3] or needs_gradient[4]:
             of_mixed.add_(mixture.by_head(of_weights).sum(0))
-        if needs_gradient[4]:
-            difference = mixture.position - mixture.by_head(content)
-            of_share.add_(difference.mul_(mixture.by_head(of_weights)).sum((0, 2, 3))[:, None, None])
-        results = _chunk_gradients(mixture, content, of_weights, inputs, needs_gradient)
+        of_weights.mul_(content)
+        rows = of_weights.sum(-1, keepdim=True)
+        of_content.add_(rows.view(-1, mixture.heads, mixture.tokens, 1).sum((0, 2), keepdim=True)[0])
+        results = (*_score_gradients(mixture, content, of_weights, rows, inputs, needs_gradient), of_value)
         for result, gradient in zip(results, gradients, strict=True):
             if gradient is not None:
                 mixture.store(result, gradient, chunk)
     result = [gradient for gradient in gradients if gradient is not None]
+    by_position = (of_mixed * mixture.position).sum(-1, keepdim=True)
     if needs_gradient[3]:
-        total = (of_mixed * mixture.position).sum(-1, keepdim=True)
-        result.append(of_mixed.sub_(total).mul_(mixture.weighted_position))
+        result.append(of_mixed.sub_(by_position).mul_(mixture.weighted_position))
     if needs_gradient[4]:
+        of_share = by_position.sum(1, keepdim=True) - of_content
         result.append((of_share * mixture.share * (1 - mixture.share)).flatten())
     return result
 
 
-def _chunk_gradients(
-    mixture: Mixture, content: Tensor, of_weights: Tensor, inputs: Sequence[Tensor], needs_gradient: Sequence[bool]
-) -> tuple[Optional[Tensor], ...]:
-    """Gradients of query, key and value of one chunk; None for what is not needed. Overwrites `of_weights`."""
-    query, key, value, grad_output = inputs
-    of_query = of_key = of_value = None
-    if needs_gradient[2]:
-        mixed = mixture.by_head(content) * (1 - mixture.share) + mixture.weighted_position
-        of_value = torch.bmm(mixed.view_as(content).to(value.dtype).transpose(1, 2), grad_output)
-    if needs_gradient[0] or needs_gradient[1]:
-        of_scores = of_weights.mul_(content)
-        of_scores.addcmul_(content, of_scores.sum(-1, keepdim=True), value=-1)
-        mixture.by_head(of_scores).mul_((1 - mixture.share) * mixture.scale)
-        rounded = of_scores.to(query.dtype)
-    if needs_gradient[0]:
-        of_query = torch.bmm(rounded, key)
-    if needs_gradient[1]:
-        of_key = torch.bmm(rounded.transpose(1, 2), query)
-    return of_query, of_key, of_value
+def _value_gradient(mixture: Mixture, content: Tensor, grad_output: Tensor) -> Tensor:
+    """W^T dO of one chunk."""
+    mixed = torch.addcmul(mixture.weighted_position, mixture.by_head(content), 1 - mixture.share)
+    return torch.bmm(mixed.view_as(content).to(grad_output.dtype).transpose(1, 2), grad_output)
+
+
+def _score_gradients(
+    mixture: Mixture,
+    content: Tensor,
+    weighted: Tensor,
+    rows: Tensor,
+    inputs: Sequence[Tensor],
+    needs_gradient: Sequence[bool],
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Gradients of query and key of one chunk, those that are needed, from A dW, which is overwritten, and its sums."""
+    if not (needs_gradient[0] or needs_gradient[1]):
+        return None, None
+    query, key = inputs[:2]
+    of_scores = weighted.addcmul_(content, rows, value=-1)
+    factor = (1 - mixture.share) * mixture.scale
+    rounds = query.dtype != mixture.dtype
+    if rounds:
+        mixture.by_head(of_scores).mul_(factor)
+    of_scores = of_scores.to(query.dtype)
+    of_query = torch.bmm(of_scores, key) if needs_gradient[0] else None
+    of_key = torch.bmm(of_scores.transpose(1, 2), query) if needs_gradient[1] else None
+    for gradient in (of_query, of_key):
+        # narrower than the scores, so less work; but not where it would be rounded twice
+        if gradient is not None and not rounds:
+            gradient.view(-1, mixture.heads, *gradient.shape[1:]).mul_(factor)
+    return of_query, of_key
