@@ -239,8 +239,8 @@ def _aggregated(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
 
 
 def _routed(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
-    """49 regions of window x window tokens, each routed to four."""
-    tokens = torch.zeros(8, 49, case.window**2, 3, 4, head_dim, dtype=dtype).unbind(-3)
+    """A map of 7 x 7 regions of window x window tokens, each routed to four."""
+    tokens = torch.zeros(8, 7, case.window, 7, case.window, 3, 4, head_dim, dtype=dtype).unbind(-3)
     return *tokens, torch.arange(4).expand(8, 49, 4), None
 
 

@@ -14,7 +14,7 @@ from ..kernels import (
     backend,
     halo_attention,
     neighborhood_attention_packed,
-    routed_attention,
+    routed_attention_packed,
     window_attention_packed,
 )
 
@@ -160,7 +160,7 @@ def _aggregated(packed: Tensor, pooled: Tensor, local_bias: Tensor, pooled_bias:
 
 
 def _routed(routes: Tensor, packed: Tensor) -> Tensor:
-    return routed_attention(*packed.unbind(3), routes)
+    return routed_attention_packed(packed, routes)
 
 
 def flex_over_map(mask: Callable, attend: Callable, packed: Tensor, table: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from .dispatch import backend, explain
 from .gated import gated_positional_attention
 from .halo import halo_attention
 from .neighborhood import neighborhood_attention, neighborhood_attention_packed
-from .routed import routed_attention
+from .routed import routed_attention, routed_attention_packed
 from .window import window_attention, window_attention_packed
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_packed",
     "routed_attention",
+    "routed_attention_packed",
     "window_attention",
     "window_attention_packed",
 ]

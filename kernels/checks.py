@@ -109,11 +109,11 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, ranks: Seq
         check_shape(name, tensor, query.shape, "the shape of query")
 
 
-def check_same_kind(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
-    """The checks of query, key and value of five axes, that may have different shapes."""
+def check_same_kind(query: Tensor, key: Tensor, value: Tensor, layout: str, ranks: Sequence[int] = (5,)) -> None:
+    """The checks of query, key and value that may have different shapes."""
     check_floating("query", query)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_rank(name, tensor, (5,), layout)
+        check_rank(name, tensor, ranks, layout)
         check_dtype(name, tensor, "query", query)
         check_device(name, tensor, "query", query)
 
@@ -329,19 +329,21 @@ def check_gated_positional_attention(
 
 
 def check_routed_attention(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Optional[float]) -> None:
-    check_same_kind(query, key, value, "(batch, regions, tokens, heads, channels)")
+    layout = "(batch, regions, tokens, heads, channels) or (batch, rows, y, columns, x, heads, channels)"
+    check_same_kind(query, key, value, layout, (5, 7))
     check_shape("key", key, query.shape, "the shape of query")
     check_shape(
-        "value", value, (*query.shape[:4], value.shape[4]), "with the batch, regions, tokens and heads of query"
+        "value", value, (*query.shape[:-1], value.shape[-1]), "with the batch, regions, tokens and heads of query"
     )
+    regions = math.prod(query.shape[1:-2:2])  # a map has its tokens' axes between
     if routes.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"routes has dtype {routes.dtype}; use int64 or int32")
     check_rank("routes", routes, (3,), "(batch, regions, k)")
     check_device("routes", routes, "query", query)
-    check_shape("routes", routes, (*query.shape[:2], routes.shape[2]), "(batch, regions, k) of query")
+    check_shape("routes", routes, (query.shape[0], regions, routes.shape[2]), "(batch, regions, k) of query")
     if routes.shape[2] < 1:
         raise ValueError(f"routes has shape {tuple(routes.shape)}; each region needs at least 1 route")
-    _check_routes_in_range(routes, query.shape[1])
+    _check_routes_in_range(routes, regions)
     check_scale(scale)
 
 

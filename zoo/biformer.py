@@ -13,8 +13,8 @@ import torch
 from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import routed_attention
-from ..kernels.routed import aggregate, routed_attention_weights
+from ..kernels import routed_attention_packed
+from ..kernels.routed import aggregate, as_list, in_form_of, routed_attention_weights
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.attention import GlobalAttention, positive_pair
 from .blocks.embed import ChannelsLastBatchNorm, ConvEmbed
@@ -83,35 +83,47 @@ class RoutedAttention(EnhancedAttention):
         return pad_to_multiple(x, self.grid)
 
     def divide(self, x: Tensor) -> Tensor:
-        """A map (B, H, W, heads, channels) as its regions (B, regions, tokens, heads, channels)."""
-        return to_regions(x, self.grid)
+        """A map (B, H, W, ...) divided into its regions, (B, rows, y, columns, x, ...), a view."""
+        return unflatten_map(x, self.grid)
 
     def join(self, x: Tensor, like: Tensor) -> Tensor:
         """The inverse, to a map of the size of ``like``."""
-        return from_regions(x, self.grid, [like.shape[1], like.shape[2]])
+        return flatten_map(x, [like.shape[1], like.shape[2]])
 
     def average(self, x: Tensor) -> Tensor:
-        """Averages (B, regions, dim) of the regions of a map, without gradient."""
-        return self.divide(x.detach()).mean(dim=2).flatten(2)
+        """Averages (B, rows, columns, ...) of the regions of a map (B, H, W, ...)."""
+        return self.divide(x).mean(dim=4).mean(dim=2)  # one axis at a time: both at once take a CPU ten times as long
 
-    def route(self, query: Tensor, key: Tensor) -> Tensor:
-        """Routes (B, regions, topk): which regions each region attends to."""
-        return choose_routes(self.average(query), self.average(key), self.topk)
+    def route(self, packed: Tensor) -> Tensor:
+        """Routes (B, regions, topk), without gradient: the regions whose average keys suit an average query best."""
+        averages = self.average(packed.detach()[:, :, :, :2])  # (B, rows, columns, 2, heads, head_dim)
+        query, key = averages.flatten(4).flatten(1, 2).unbind(2)
+        return choose_routes(query, key, self.topk)
+
+    def attend_packed(self, packed: Tensor) -> Tensor:
+        regions, routes = self.divide(packed), self.route(packed)
+        if torch.jit.is_scripting():
+            x = torch.ops.vicinal.routed_attention_packed(regions, routes, self.scale)[0]
+        else:
+            x = routed_attention_packed(regions, routes, scale=self.scale)
+        return self.join(x, packed)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        routes = self.route(query, key)
-        queries, keys, values = [self.divide(x) for x in (query, key, value)]
-        if torch.jit.is_scripting():
-            x = torch.ops.vicinal.routed_attention(queries, keys, values, routes, self.scale)[0]
-        else:
-            x = routed_attention(queries, keys, values, routes, scale=self.scale)
-        return self.join(x, value)
+        return self.attend_packed(torch.stack([query, key, value], dim=3))
 
     @torch.jit.unused
     def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        routes = self.route(query, key)
-        weights = routed_attention_weights(self.divide(query), self.divide(key), routes, self.scale)
-        return self.join(aggregate(self.attn_drop(weights), self.divide(value), routes), value)
+        weights, routes = self.weights_of_routes(query, key)
+        values = self.divide(value)
+        attended = aggregate(self.attn_drop(weights), as_list(values), routes)
+        return self.join(in_form_of(values, attended), value)
+
+    @torch.jit.unused
+    def weights_of_routes(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax weights (B, regions, tokens, heads, topk * tokens), and the routes."""
+        routes = self.route(torch.stack([query, key], dim=3))
+        queries, keys = as_list(self.divide(query)), as_list(self.divide(key))
+        return routed_attention_weights(queries, keys, routes, self.scale), routes
 
     @torch.jit.unused
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
@@ -120,13 +132,12 @@ class RoutedAttention(EnhancedAttention):
         Padding that takes part in the softmax has the rest of a sum below one.
         """
         height, width = query.shape[1:3]
-        routes = self.route(query, key)
-        weights = routed_attention_weights(self.divide(query), self.divide(key), routes, self.scale)
+        weights, routes = self.weights_of_routes(query, key)
         places = torch.arange(1, height * width + 1, device=query.device).view(1, height, width, 1, 1)
-        places = self.divide(places)[0, routes, :, 0, 0].flatten(2)  # (B, regions, keys); padding is at 0
+        places = as_list(self.divide(places))[0, routes, :, 0, 0].flatten(2)  # (B, regions, keys); padding is at 0
         everywhere = weights.new_zeros(*weights.shape[:-1], height * width + 1)
         everywhere.scatter_(-1, places[:, :, None, None].expand(weights.shape), weights)
-        return self.join(everywhere[..., 1:], query)
+        return self.join(in_form_of(self.divide(query), everywhere[..., 1:]), query)
 
 
 @register_notrace_module
@@ -145,19 +156,15 @@ class ProjectedRoutedAttention(RoutedAttention):
 
     def divide(self, x: Tensor) -> Tensor:
         region = self.region(x)
-        x = pad_to_multiple(x.flatten(3), region).unflatten(3, [x.shape[3], x.shape[4]])
-        return to_regions(x, [x.shape[1] // region[0], x.shape[2] // region[1]])
+        x = pad_to_multiple(x.flatten(3), region).unflatten(3, x.shape[3:])
+        return unflatten_map(x, [x.shape[1] // region[0], x.shape[2] // region[1]])
 
     def join(self, x: Tensor, like: Tensor) -> Tensor:
-        height, width = like.shape[1], like.shape[2]
-        region = self.region(like)
-        grid = [(height + region[0] - 1) // region[0], (width + region[1] - 1) // region[1]]
-        return crop(from_regions(x, grid, [grid[0] * region[0], grid[1] * region[1]]), height, width)
+        return crop(flatten_map(x, [x.shape[1] * x.shape[2], x.shape[3] * x.shape[4]]), like.shape[1], like.shape[2])
 
     def average(self, x: Tensor) -> Tensor:
-        x = x.detach()
-        counts = self.divide(torch.ones_like(x[:1, :, :, :1, :1])).sum(dim=2).flatten(2)
-        return self.divide(x).sum(dim=2).flatten(2) / counts
+        counts = self.divide(torch.ones_like(x[:1, :, :, :1, :1, :1])).sum(dim=4).sum(dim=2)
+        return self.divide(x).sum(dim=4).sum(dim=2) / counts
 
 
 def at_least_one(size: int, parts: int) -> int:
@@ -167,22 +174,15 @@ def at_least_one(size: int, parts: int) -> int:
     return torch.sym_max(1, size // parts)
 
 
-def to_regions(x: Tensor, grid: List[int]) -> Tensor:
-    """A map (B, H, W, heads, channels) in a grid of regions, (B, regions, tokens, heads, channels), both row by row.
-
-    Heads come first in memory, where the operator reads the regions of a head without another copy.
-    """
-    region = [x.shape[1] // grid[0], x.shape[2] // grid[1]]
-    x = x.unflatten(2, [grid[1], region[1]]).unflatten(1, [grid[0], region[0]])
-    x = x.permute(0, 5, 1, 3, 2, 4, 6)  # (B, heads, rows, columns, y, x, channels)
-    return x.flatten(4, 5).flatten(2, 3).permute(0, 2, 3, 1, 4)
+def unflatten_map(x: Tensor, grid: List[int]) -> Tensor:
+    """A map (B, H, W, ...) with its axes split in regions and places, a view (B, rows, y, columns, x, ...)."""
+    return x.unflatten(2, [grid[1], x.shape[2] // grid[1]]).unflatten(1, [grid[0], x.shape[1] // grid[0]])
 
 
-def from_regions(x: Tensor, grid: List[int], size: List[int]) -> Tensor:
-    """The inverse of :func:`to_regions`; size: height and width of the map."""
-    x = x.unflatten(2, [size[0] // grid[0], size[1] // grid[1]]).unflatten(1, [grid[0], grid[1]])
+def flatten_map(x: Tensor, size: List[int]) -> Tensor:
+    """The inverse of :func:`unflatten_map`; size: height and width of the map."""
     # all at once: torch.export cannot reason about the size of one axis made of a number and a symbol
-    return x.transpose(2, 3).flatten(1, 4).unflatten(1, size)
+    return x.flatten(1, 4).unflatten(1, size)
 
 
 def choose_routes(query: Tensor, key: Tensor, topk: int) -> Tensor:

@@ -6,10 +6,19 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Operator
+from ..packed import PackedOperator
 from . import reference, tiled
+from .geometry import as_list, count_tokens, in_form_of
 from .reference import aggregate, routed_attention_weights
 
-__all__ = ["aggregate", "routed_attention", "routed_attention_weights"]
+__all__ = [
+    "aggregate",
+    "as_list",
+    "in_form_of",
+    "routed_attention",
+    "routed_attention_packed",
+    "routed_attention_weights",
+]
 
 _OPERATOR = Operator(
     "routed_attention",
@@ -19,8 +28,9 @@ _OPERATOR = Operator(
     reference=reference.routed_attention,
     tiled=tiled,
     fused=f"{__name__}.fused",
-    keys_per_query=lambda query, key, value, routes, *_: routes[-1] * key[2],
+    keys_per_query=lambda query, key, value, routes, *_: routes[-1] * count_tokens(key),
 )
+_PACKED = PackedOperator(_OPERATOR)
 
 
 def routed_attention(
@@ -32,16 +42,18 @@ def routed_attention(
 
     Args:
         query, key: (batch, regions, tokens, heads, head_dim) of one dtype (float32, bfloat16, float16 or float64) with
-            any strides. Where heads come before regions in memory, tiled reads them without a copy.
-        value: (batch, regions, tokens, heads, value_dim), of the dtype of query.
+            any strides. Where heads come before regions in memory, tiled reads them without a copy. Or a map with both
+            axes unflattened, (batch, rows, y, columns, x, heads, head_dim): its regions, and the tokens of each, count
+            row by row; fused reads and writes it in place.
+        value: (batch, regions, tokens, heads, value_dim) or as a map, of the dtype of query.
         routes: (batch, regions, k), int32 or int64: the regions, of 0 to regions - 1, whose tokens the queries of a
             region attend to, the same for all heads. The order does not matter; a region that is listed twice has its
             tokens twice in the softmax. There is no gradient through the choice.
         scale: of the scores; None for head_dim**-0.5.
 
     Returns:
-        (batch, regions, tokens, heads, value_dim), of the dtype of query, contiguous. Gradients flow to query, key and
-        value, once.
+        The shape of query with the channels of value, of the dtype of query, contiguous. Gradients flow to query, key
+        and value, once.
 
     Raises:
         ValueError: an argument does not fit the above. Regions out of range are found on the CPU; on other devices
@@ -50,3 +62,20 @@ def routed_attention(
     Source: Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention" (arXiv:2303.08810), section 3.2.
     """
     return _OPERATOR(query, key, value, routes, scale)
+
+
+def routed_attention_packed(packed: Tensor, routes: Tensor, *, scale: Optional[float] = None) -> Tensor:
+    """:func:`routed_attention` of a packed projection, whose gradient the fused kernels write in place.
+
+    Args:
+        packed: (batch, regions, tokens, 3, heads, head_dim) or, as a map, (batch, rows, y, columns, x, 3, heads,
+            head_dim): query, key and value, of any strides.
+        routes, scale: see :func:`routed_attention`.
+
+    Returns:
+        (batch, regions, tokens, heads, head_dim) or (batch, rows, y, columns, x, heads, head_dim), contiguous.
+
+    Raises:
+        ValueError: an argument does not fit the above.
+    """
+    return _PACKED(packed, routes, scale)

@@ -1,5 +1,8 @@
 """Routed attention in Triton: keys and values are read from the regions that the routes name, and gathered nowhere.
 
+Both forms of regions are read as maps, whose places are (row, y, column, x). A list is a map of one column, and its
+regions are one token high.
+
 A program owns queries of one region, or keys of one region, for one head. It goes through the keys of all its routes as
 one list, so that small regions share a block. The gradients of keys need the queries that were routed to them: the
 routes are turned round once, and each program reads its own section of that list. So every gradient is a sum in a fixed
@@ -33,23 +36,40 @@ from ..triton_common import (
     store_map,
     token_pointers,
 )
+from .geometry import LIST_AXES
 
 ROUTES_OF_PROGRAM = 1024
 """That a program looks through at a time to find who is routed to its region."""
 
 
 @triton.jit
-def _program(heads, regions, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """What a program owns: a head, and tokens of a region of an image as positions and whether there is a token."""
-    parts: tl.constexpr = tl.cdiv(TOKENS, BLOCK)
-    index = tl.program_id(0) // heads
-    token = index % parts * BLOCK + tl.arange(0, BLOCK)
-    region = index // parts
-    return tl.program_id(0) % heads, (region // regions, region % regions, token), token < TOKENS
+def _position(image, region, token, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Of tokens of regions in the map, for regions of WIDTH tokens across in COLUMNS columns."""
+    return image, region // COLUMNS, token // WIDTH, region % COLUMNS, token % WIDTH
 
 
 @triton.jit
-def _listed(regions_of_list, count, start, image, regions, TOKENS: tl.constexpr, STEP: tl.constexpr):
+def _program(heads, regions, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program owns: a head of an image, a region, and its tokens as positions and whether there is a token."""
+    parts: tl.constexpr = tl.cdiv(TOKENS, BLOCK)
+    index = tl.program_id(0) // heads
+    token = index % parts * BLOCK + tl.arange(0, BLOCK)
+    image, region = index // parts // regions, index // parts % regions
+    return tl.program_id(0) % heads, image, region, _position(image, region, token, COLUMNS, WIDTH), token < TOKENS
+
+
+@triton.jit
+def _listed(
+    regions_of_list,
+    count,
+    start,
+    image,
+    regions,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Tokens of a list of regions from a slot on, as positions and whether there is a token."""
     slot = start + tl.arange(0, STEP)
     if TOKENS % STEP == 0:
@@ -57,7 +77,8 @@ def _listed(regions_of_list, count, start, image, regions, TOKENS: tl.constexpr,
     else:
         region = tl.load(regions_of_list + slot // TOKENS, mask=slot < count * TOKENS, other=-1)
     seen = (region >= 0) & (region < regions)
-    return (image, tl.where(seen, region, 0).to(tl.int32), slot % TOKENS), seen
+    region = tl.where(seen, region, 0).to(tl.int32)
+    return _position(image, region, slot % TOKENS, COLUMNS, WIDTH), seen
 
 
 @triton.jit
@@ -70,6 +91,8 @@ def _load_keys(
     regions,
     head,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOPK: tl.constexpr,
     STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -78,7 +101,7 @@ def _load_keys(
     VALUE_CHANNELS: tl.constexpr,
 ):
     """Keys and values that routes lead to, from a slot of their list on, and what masks those that are none."""
-    position, seen = _listed(routes, TOPK, start, image, regions, TOKENS, STEP)
+    position, seen = _listed(routes, TOPK, start, image, regions, TOKENS, COLUMNS, WIDTH, STEP)
     keys = load_map(key, position, head, seen, HEAD_DIM, CHANNELS)
     values = load_map(value, position, head, seen, VALUE_DIM, VALUE_CHANNELS)
     return keys, values, tl.where(seen, 0.0, float("-inf"))[None, :]
@@ -112,6 +135,8 @@ def forward_kernel(
     heads,
     scale,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
@@ -121,8 +146,7 @@ def forward_kernel(
     VALUE_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, position, valid = _program(heads, regions, TOKENS, BLOCK)
-    image, region, _ = position
+    head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     routes += (image.to(tl.int64) * regions + region) * TOPK
     state = start_softmax(BLOCK, VALUE_CHANNELS)
@@ -136,6 +160,8 @@ def forward_kernel(
             regions,
             head,
             TOKENS,
+            COLUMNS,
+            WIDTH,
             TOPK,
             STEP,
             HEAD_DIM,
@@ -161,6 +187,8 @@ def backward_query_kernel(
     heads,
     scale,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
@@ -176,8 +204,7 @@ def backward_query_kernel(
     of a weight near 1, and with few keys such weights are common. So it takes a pass of its own where the keys do not
     fit into one block, and is divided by the sum of the weights, which is 1 but for the rounding of the logsumexp.
     """
-    head, position, valid = _program(heads, regions, TOKENS, BLOCK)
-    image, region, _ = position
+    head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     statistics = load_logsumexp(logsumexp, position, head, valid)[:, None]
@@ -192,6 +219,8 @@ def backward_query_kernel(
             regions,
             head,
             TOKENS,
+            COLUMNS,
+            WIDTH,
             TOPK,
             STEP,
             HEAD_DIM,
@@ -215,6 +244,8 @@ def backward_query_kernel(
                 regions,
                 head,
                 TOKENS,
+                COLUMNS,
+                WIDTH,
                 TOPK,
                 STEP,
                 HEAD_DIM,
@@ -242,6 +273,8 @@ def backward_query_kernel(
                     regions,
                     head,
                     TOKENS,
+                    COLUMNS,
+                    WIDTH,
                     TOPK,
                     STEP,
                     HEAD_DIM,
@@ -304,6 +337,8 @@ def backward_key_kernel(
     heads,
     scale,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
@@ -314,8 +349,7 @@ def backward_key_kernel(
     PRECISION: tl.constexpr,
 ):
     """The gradients of keys and values of one region. Scores have keys as rows."""
-    head, position, valid = _program(heads, regions, TOKENS, BLOCK)
-    image, region, _ = position
+    head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
     keys = load_map(key, position, head, valid, HEAD_DIM, CHANNELS)
     values = load_map(value, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
@@ -325,7 +359,7 @@ def backward_key_kernel(
     count = tl.load(section + 1) - first
     askers += image.to(tl.int64) * regions * TOPK + first
     for start in range(0, count * TOKENS, STEP):
-        asking, asked = _listed(askers, count, start, image, regions, TOKENS, STEP)
+        asking, asked = _listed(askers, count, start, image, regions, TOKENS, COLUMNS, WIDTH, STEP)
         queries = load_map(query, asking, head, asked, HEAD_DIM, CHANNELS)
         grads = load_map(grad_output, asking, head, asked, VALUE_DIM, VALUE_CHANNELS)
         of_rows, deltas = load_statistics(logsumexp, delta, asking, head, asked)
@@ -345,11 +379,27 @@ class _Call(Call):
     """The regions of one call."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Optional[float]) -> None:
-        super().__init__("routed", query, key, value, scale)
+        self.is_list = query.ndim == LIST_AXES
+        super().__init__("routed", *map(self.as_map, (query, key, value)), scale, axes=4)
         self.routes = routes.contiguous()
-        self.regions, self.tokens_of_region = self.size
-        self.topk = routes.shape[2]
-        self.arguments.update(routes=self.routes, regions=self.regions, TOKENS=self.tokens_of_region, TOPK=self.topk)
+        rows, height, columns, width = self.size
+        self.regions, self.tokens_of_region, self.topk = rows * columns, height * width, routes.shape[2]
+        self.arguments.update(
+            routes=self.routes,
+            regions=self.regions,
+            TOKENS=self.tokens_of_region,
+            COLUMNS=columns,
+            WIDTH=width,
+            TOPK=self.topk,
+        )
+
+    def as_map(self, tokens: Tensor) -> Tensor:
+        """A tensor of the call as a map, a view: a list is one of a single column, of regions one token high."""
+        return tokens[:, :, None, None] if self.is_list else tokens
+
+    def as_given(self, tokens: Tensor) -> Tensor:
+        """The inverse of :meth:`as_map`."""
+        return tokens[:, :, 0, 0] if self.is_list else tokens
 
     def submit_regions(self, kernel, name: str, **arguments) -> None:
         """Programs own tokens of regions; in each step they meet tokens of the regions in a list."""
@@ -389,18 +439,25 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
-    outputs = call.start_forward()
+    output, logsumexp = call.start_forward()
     call.submit_regions(forward_kernel, "forward")
-    return outputs
+    return call.as_given(output), call.as_given(logsumexp)
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, logsumexp: Tensor, needs_gradient: Sequence[bool], *arguments
-) -> list[Tensor]:
-    """Gradients of query, key and value, those that are needed."""
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    needs_gradient: Sequence[bool],
+    *arguments,
+    into: Optional[Sequence[Tensor]] = None,
+) -> list[Optional[Tensor]]:
+    """Gradients of query, key and value, those that are needed; all three with `into`, tensors to write them to."""
     call = _Call(*arguments)
-    gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
+    statistics = map(call.as_map, (grad_output, output, logsumexp))
+    spaces = None if into is None else [call.as_map(space) for space in into]
+    gradients = call.start_backward(*statistics, needs_gradient, spaces)
     call.submit_regions(backward_query_kernel, "backward_query")
     if needs_gradient[1] or needs_gradient[2]:
         call.submit_regions(backward_key_kernel, "backward_key", **call.invert())
-    return [gradient for gradient in gradients if gradient is not None]
+    return [call.as_given(gradient) for gradient in gradients if gradient is not None]

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..dispatch import statistics_dtype
+from .geometry import as_list, in_form_of
 
 
 def routed_attention_weights(query: Tensor, key: Tensor, routes: Tensor, scale: Optional[float] = None) -> Tensor:
     """Softmax weights, (batch, regions, tokens, heads, k * tokens), in float32 (float64 stays).
 
     The last axis holds the tokens of the first routed region, then those of the second. Arguments as in
-    :func:`~vicinal.kernels.routed_attention`.
+    :func:`~vicinal.kernels.routed_attention`, as lists of regions.
     """
     dtype = statistics_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -27,7 +28,8 @@ def aggregate(weights: Tensor, value: Tensor, routes: Tensor) -> Tensor:
 
 
 def routed_attention(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Optional[float]) -> Tensor:
-    return aggregate(routed_attention_weights(query, key, routes, scale), value, routes)
+    weights = routed_attention_weights(as_list(query), as_list(key), routes, scale)
+    return in_form_of(value, aggregate(weights, as_list(value), routes))
 
 
 def _by_head(tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import statistics_dtype
+from .geometry import as_list, in_form_of
 
 NUMBERS_IN_CACHE = 1 << 19
 """Scores, or gathered keys, of a chunk on the CPU: 2 MB in float32, so that they stay in the second-level cache."""
@@ -137,6 +138,8 @@ def _scale(query: Tensor, scale: Optional[float]) -> float:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Optional[float]) -> tuple[Tensor, Tensor]:
     """Output, and logsumexp of the scores."""
+    form = query
+    query, key, value = map(as_list, (query, key, value))
     regions, dtype = plan(query, routes), statistics_dtype(query.dtype)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=dtype)
@@ -150,7 +153,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Op
         result = torch.bmm(weights.to(value.dtype), regions.load_keys(value, chunk))
         regions.store(result.to(dtype).div_(total), output, chunk)
         regions.store(total.log_().add_(largest), logsumexp, chunk)
-    return output, logsumexp.squeeze(-1)
+    return in_form_of(form, output), in_form_of(form, logsumexp.squeeze(-1))
 
 
 def backward(
@@ -169,6 +172,8 @@ def backward(
     With weights P and scores S: dV = P^T dO, dP = dO V^T, dS = P dP - P sum(P dP), dQ = scale dS K and
     dK = scale dS^T Q; a token collects dK and dV of every region that is routed to its own.
     """
+    form = query
+    query, key, value, grad_output = map(as_list, (query, key, value, grad_output))
     regions, dtype = plan(query, routes), statistics_dtype(query.dtype)
     scale = _scale(query, scale)
     of_query = query.new_empty(query.shape) if needs_gradient[0] else None
@@ -193,5 +198,6 @@ def backward(
             regions.store(torch.bmm(rounded, keys), of_query, chunk)
         if of_key is not None:
             regions.add_keys(torch.bmm(rounded.transpose(1, 2), queries), of_key, chunk)
-    summed = (x.permute(0, 2, 3, 1, 4) for x in (of_key, of_value) if x is not None)
-    return ([] if of_query is None else [of_query]) + list(summed)
+    summed = [x.permute(0, 2, 3, 1, 4) for x in (of_key, of_value) if x is not None]
+    gradients = ([] if of_query is None else [of_query]) + summed
+    return [in_form_of(form, gradient) for gradient in gradients]

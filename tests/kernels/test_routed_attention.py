@@ -17,7 +17,7 @@ from operator_testing import (
 )
 from torch import Tensor
 
-from vicinal.kernels import backend, routed_attention, window_attention
+from vicinal.kernels import backend, routed_attention, routed_attention_packed, window_attention
 from vicinal.kernels.routed import aggregate, routed_attention_weights, tiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,8 +55,8 @@ class Case:
         order = torch.rand(*shape, self.regions, generator=generator).argsort(-1)
         return order[..., : self.topk].to(self.index)
 
-    def run(self, **tensors: Tensor) -> Tensor:
-        return routed_attention(**tensors, routes=self.routes, scale=self.scale)
+    def run(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return routed_attention(query, key, value, self.routes, scale=self.scale)
 
 
 def draw(generator: random.Random) -> Case:
@@ -163,6 +163,43 @@ def to_regions(tokens: Tensor, rows: int, columns: int) -> Tensor:
     return tokens.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def as_map(regions: Tensor, rows: int, columns: int, width: int) -> Tensor:
+    """A list of regions as a map (batch, rows, y, columns, x, heads, channels) that is laid out as one."""
+    return regions.unflatten(2, (-1, width)).unflatten(1, (rows, columns)).transpose(2, 3).contiguous()
+
+
+def check_maps(case: Case, rows: int, width: int) -> None:
+    """Regions that lie in a map, alone and packed, give what a list of them gives, and gradients likewise."""
+    columns = case.regions // rows
+    leaves = [tensor.requires_grad_() for tensor in case.inputs().values()]
+    maps = [as_map(leaf, rows, columns, width) for leaf in leaves]
+    expected = case.run(*leaves)
+    found = [routed_attention(*maps, case.routes, scale=case.scale)]
+    if case.value_dim == case.head_dim:
+        found.append(routed_attention_packed(torch.stack(maps, -3), case.routes, scale=case.scale))
+        found.append(routed_attention_packed(torch.stack(leaves, -3), case.routes, scale=case.scale))
+    grad_output = torch.randn(expected.shape, generator=seeded(4)).to(expected.dtype)
+    gradients = torch.autograd.grad(expected, leaves, grad_output)
+    for output in found:
+        given = grad_output
+        if output.ndim == 7:
+            assert torch.equal(output, as_map(expected, rows, columns, width))
+            given = as_map(grad_output, rows, columns, width)
+        else:
+            assert torch.equal(output, expected)
+        actual = torch.autograd.grad(output, leaves, given)
+        assert all(torch.equal(*pair) for pair in zip(actual, gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(2, 5), (1, 1), (6, 10)])
+def test_maps_are_read_in_place(rows: int, width: int, dtype: torch.dtype, name: str) -> None:
+    with backend(name):
+        check_maps(Case(6, 10, 2, dtype=dtype), rows, width)
+        check_maps(Case(6, 10, 5, dtype=dtype, value_dim=3), rows, width)
+
+
 def test_a_region_routed_to_itself_is_a_window() -> None:
     """On a rectangular grid of 2 x 3 regions of 4 x 5 tokens."""
     maps = random_inputs((2, 8, 15, 2, 8), torch.float64)
@@ -219,6 +256,11 @@ TOKENS = torch.randn(2, 6, 4, 2, 8)
 ROUTES = torch.zeros(2, 6, 3, dtype=torch.int64)
 BAD_CALLS = {
     "rank": ({"query": TOKENS[0]}, r"query has shape \(6, 4, 2, 8\); it must be \(batch, regions, tokens"),
+    "map and list": ({"key": TOKENS[:, :, None, None]}, r"key has shape \(2, 6, 1, 1, 4, 2, 8\); it must be \(2, 6, 4"),
+    "regions of a map": (
+        dict.fromkeys(TENSORS, TOKENS[:, :3, None, None]),
+        r"routes has shape \(2, 6, 3\); it must be \(2, 3, 3\)",
+    ),
     "integer": ({"query": TOKENS.long()}, "query has dtype torch.int64"),
     "key dtype": ({"key": TOKENS.double()}, "key has dtype torch.float64; it must be torch.float32"),
     "key regions": ({"key": TOKENS[:, :3]}, "key has shape"),

@@ -11,8 +11,8 @@ from vicinal.zoo.biformer import (
     EnhancedAttention,
     ProjectedRoutedAttention,
     RoutedAttention,
-    from_regions,
-    to_regions,
+    flatten_map,
+    unflatten_map,
 )
 
 FORMS = pytest.mark.parametrize("form", [RoutedAttention, ProjectedRoutedAttention])
@@ -108,12 +108,12 @@ def test_the_last_stage_is_enhanced_by_its_inputs_or_its_values(encode_values: b
     torch.testing.assert_close(attention(x), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_regions_and_back():
+def test_a_map_divided_in_place_and_back():
     x = tokens(2, 6, 10, 3, 4)
-    regions = to_regions(x, [3, 2])
-    assert regions.shape == (2, 6, 10, 3, 4)
-    assert torch.equal(regions[:, 3], x[:, 2:4, 5:].flatten(1, 2))
-    assert torch.equal(from_regions(regions, [3, 2], [6, 10]), x)
+    regions = unflatten_map(x, [3, 2])
+    assert torch.equal(regions[:, 1, :, 1], x[:, 2:4, 5:])
+    assert regions.data_ptr() == x.data_ptr()
+    assert torch.equal(flatten_map(regions, [6, 10]), x)
 
 
 @FORMS
@@ -143,13 +143,13 @@ def test_padding_has_the_rest_of_the_attention():
 def test_no_gradient_flows_through_the_choice(form: type[RoutedAttention]):
     """A far away region that is not chosen has no part in the gradient."""
     attention = double(form(8, 2, grid=2, topk=1))
-    query, key, value = (x.requires_grad_() for x in tokens(3, 1, 4, 4, 2, 4).unbind(0))
-    routes = attention.route(query, key)
+    packed = tokens(1, 4, 4, 3, 2, 4).requires_grad_()
+    routes = attention.route(packed)
     assert not routes.requires_grad
-    attention.attend(query, key, value).square().sum().backward()
+    attention.attend_packed(packed).square().sum().backward()
     chosen = torch.zeros(4, dtype=torch.bool)
     chosen[routes.flatten()] = True
-    touched = attention.divide(key.grad).abs().sum((2, 3, 4))[0] > 0
+    touched = attention.divide(packed.grad[:, :, :, 1]).abs().sum((2, 4, 5, 6)).flatten() > 0
     assert torch.equal(touched, chosen)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from operator_testing import LAYOUTS, describe, random_inputs, run_with_gradients, subsets, sweep
-from test_routed_attention import TENSORS, Case, check_against_definition, draw
+from test_routed_attention import TENSORS, Case, check_against_definition, check_maps, draw
 
 from vicinal.kernels import backend, explain, routed_attention
 from vicinal.kernels.routed import fused
@@ -45,6 +45,18 @@ def test_special_shapes(case: Case) -> None:
 @pytest.mark.parametrize("case", [SPECIAL[2], SPECIAL[3], SPECIAL[6]], ids=describe)
 def test_half_precision(case: Case, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(2, 3), (3, 2)])
+def test_maps_are_read_in_place(rows: int, width: int, dtype: torch.dtype) -> None:
+    with backend("fused"):
+        check_maps(Case(6, 6, 2, batch=1, head_dim=24, value_dim=24, dtype=dtype), rows, width)
+
+
+def test_a_large_map_whose_regions_fill_blocks() -> None:
+    with backend("fused"):
+        check_maps(Case(4, 66, 2, batch=1, heads=1, value_dim=16), 2, 11)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
