@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(TuneOptions, prog="python -m vicinal.eval.tune", args=argv)
     table = launch.TABLE
     for row, parameters in tune(options):
-        present = table[options.architecture][row.kernel][row.element_size][row.head_dim]
+        present = table[options.architecture][row.kernel][row.element_size].get(row.head_dim, "no entry")
         print(*row, f"{present} ->", tuple(parameters) if parameters else "no candidate fits", flush=True)
         if parameters:
             table = updated(table, options.architecture, row, parameters)

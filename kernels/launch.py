@@ -56,12 +56,21 @@ def architecture(device: torch.device) -> Optional[str]:
     )
 
 
+def covers(operator: str, query: Tensor, channels: int) -> bool:
+    """Whether the table has parameters for every kernel of an operator; arguments as for launch_parameters."""
+    kernels = (rows for kernel, rows in TABLE[_row(query)].items() if kernel.startswith(f"{operator}_"))
+    return all(max(channels, 32) in rows[query.element_size()] for rows in kernels)
+
+
 def launch_parameters(kernel: str, query: Tensor, channels: int) -> Parameters:
     """Args: kernel: "<operator>_<kernel>"; channels: head_dim padded to a power of two."""
     if kernel in _replaced:
         return _replaced[kernel]
-    row = _recording.architecture if _recording else architecture(query.device)
-    return Parameters(*TABLE[row][kernel][query.element_size()][max(channels, 32)])
+    return Parameters(*TABLE[_row(query)][kernel][query.element_size()][max(channels, 32)])
+
+
+def _row(query: Tensor) -> str:
+    return _recording.architecture if _recording else architecture(query.device)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import selected_backend
-from .launch import Parameters, architecture, launch_parameters, submit
+from .launch import Parameters, architecture, covers, launch_parameters, submit
 
 LARGEST_HEAD_DIM = 160
 VECTOR_BYTES = 16
@@ -202,12 +202,21 @@ def interpreted() -> bool:
     return not isinstance(load_map, triton.JITFunction)
 
 
-def refuse_tensors(query: Tensor) -> Optional[str]:
-    """Why no fused kernel can run on such tensors, None if one can."""
+def refuse_tensors(operator: str, query: Tensor, value: Tensor) -> Optional[str]:
+    """Why no fused kernel of an operator, by its name in the launch table, can run on such tensors; None if all can."""
     if query.dtype not in DTYPES:
         return f"{query.dtype} is not covered; float32, bfloat16 and float16 are"
-    if query.shape[-1] > LARGEST_HEAD_DIM:
-        return f"head_dim {query.shape[-1]} is above {LARGEST_HEAD_DIM}"
+    for name, tensor in (("head_dim", query), ("value_dim", value)):
+        if tensor.shape[-1] > LARGEST_HEAD_DIM:
+            return f"{name} {tensor.shape[-1]} is above {LARGEST_HEAD_DIM}"
+    refusal = _refuse_device(query)
+    widest = max(query.shape[-1], value.shape[-1])
+    if refusal is None and not covers(operator, query, padded_channels(widest)):
+        return f"heads of {widest} channels in {query.dtype} take more shared memory than this GPU has"
+    return refusal
+
+
+def _refuse_device(query: Tensor) -> Optional[str]:
     if query.device.type == "cpu" and interpreted():
         # The interpreter is for proofs: it takes milliseconds for what tiled does in microseconds.
         return None if selected_backend() == "fused" else "Triton's interpreter runs only where fused is forced"

@@ -109,9 +109,9 @@ def _share(items: int, programs: int, wanted: int) -> tuple[int, int]:
     return share, ceil_div(items, share)
 
 
-def refuse(query: Tensor, *_) -> Optional[str]:
+def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
     """Why these kernels cannot run the call, None if they can."""
-    return refuse_tensors(query)
+    return refuse_tensors("aggregated", query, value)
 
 
 def forward(query: Tensor, *arguments) -> tuple[Tensor, Tensor]:

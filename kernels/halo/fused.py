@@ -14,7 +14,7 @@ from typing import Any, Optional, Sequence
 from torch import Tensor
 
 from ..launch import Parameters
-from ..triton_common import LARGEST_HEAD_DIM, Call, ceil_div, next_power_of_two, refuse_tensors
+from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
 from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
 
 MOST_QUERIES = 64
@@ -96,9 +96,7 @@ class _Call(Call):
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
     """Why these kernels cannot run the call, None if they can."""
-    if value.shape[-1] > LARGEST_HEAD_DIM:
-        return f"value_dim {value.shape[-1]} is above {LARGEST_HEAD_DIM}"
-    return refuse_tensors(query)
+    return refuse_tensors("halo", query, value)
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:

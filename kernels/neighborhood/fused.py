@@ -364,9 +364,9 @@ class _Call(Call):
         return partial.sum(0)
 
 
-def refuse(query: Tensor, *_) -> Optional[str]:
+def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
     """Why these kernels cannot run the call, None if they can."""
-    return refuse_tensors(query)
+    return refuse_tensors("neighborhood", query, value)
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..launch import Parameters
 from ..triton_common import (
-    LARGEST_HEAD_DIM,
     LOG2_E,
     Call,
     ceil_div,
@@ -432,9 +431,7 @@ def _warps(tokens: int, channels: int, element_size: int) -> int:
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
     """Why these kernels cannot run the call, None if they can."""
-    if value.shape[-1] > LARGEST_HEAD_DIM:
-        return f"value_dim {value.shape[-1]} is above {LARGEST_HEAD_DIM}"
-    return refuse_tensors(query)
+    return refuse_tensors("routed", query, value)
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:

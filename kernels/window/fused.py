@@ -118,9 +118,9 @@ class _Call(Call):
         return self.windows * self.heads * ceil_div(self.slots, parameters.block)
 
 
-def refuse(query: Tensor, *_) -> Optional[str]:
+def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
     """Why these kernels cannot run the call, None if they can."""
-    return refuse_tensors(query)
+    return refuse_tensors("window", query, value)
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from vicinal.eval.kernel_table import (
     record_case,
 )
 from vicinal.kernels import launch
+from vicinal.kernels.triton_common import padded_channels
 
 LIGHT_KERNELS = {
     "neighborhood_attention": {"column_table", "gather_bias"},
@@ -27,6 +28,19 @@ EXACT_IN_PARTS = {("aggregated_attention", "backward_key")}
 TIMED_SPILLS = {("hopper", "aggregated_attention", "forward", 32, torch.bfloat16): 40}
 """Bytes that an entry of the table spills because it is faster so: on an H200 this one takes 221 us for the first stage
 of TransNeXt, the best that does not spill 306 us. Triton 3.6 does not spill it."""
+WIDE = (128, 160)
+"""Head dimensions of the table's two widest columns."""
+WIDE_IN_FLOAT32 = {
+    ("halo_attention", "forward"),
+    ("halo_attention", "backward_query"),
+    ("aggregated_attention", "forward"),
+    ("aggregated_attention", "backward_query"),
+    ("aggregated_attention", "backward_key"),
+}
+"""Kernels that spill for float32 heads of more than 64 channels, whatever their parameters: exact products keep all
+channels of a row in registers."""
+NO_ENTRY = {("ampere", torch.float32, 160), ("ada", torch.bfloat16, 160), ("ada", torch.float32, 160)}
+"""Where aggregated attention takes more shared memory than there is, so that `auto` takes tiled."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +52,8 @@ def check(case: Case, head_dim: int, dtype: torch.dtype, architecture: str) -> N
     for name, started in record_case(case, head_dim, dtype, architecture).items():
         found = compile_launch(started, architecture)
         report = f"{case.operator} {name} head_dim={head_dim} {dtype} {started.parameters}: {found}"
-        assert found.spilled <= TIMED_SPILLS.get((architecture, case.operator, name, head_dim, dtype), 0), report
+        if not (head_dim > 64 and dtype == torch.float32 and (case.operator, name) in WIDE_IN_FLOAT32):
+            assert found.spilled <= TIMED_SPILLS.get((architecture, case.operator, name, head_dim, dtype), 0), report
         assert found.shared <= ARCHITECTURES[architecture].shared, report
         assert found.occupancy > 0, report
         # float32 products are exact, which tensor cores are not.
@@ -72,11 +87,26 @@ def test_allowed_tf32_uses_tensor_cores() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=describe)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, *WIDE])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_dtype(architecture: str, case: Case, head_dim: int, dtype: torch.dtype) -> None:
-    check(case, head_dim, dtype, architecture)
+    if case.operator == "aggregated_attention" and (architecture, dtype, head_dim) in NO_ENTRY:
+        with pytest.raises(KeyError):
+            check(case, head_dim, dtype, architecture)
+    else:
+        check(case, head_dim, dtype, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_takes_too_much_memory_is_left_to_tiled(architecture: str, dtype: torch.dtype) -> None:
+    operators = ("window", "neighborhood", "halo", "aggregated", "routed")
+    with launch.record(architecture):
+        for head_dim in (24, *HEAD_DIMS, *WIDE):
+            tokens = torch.empty(1, 1, 1, 1, head_dim, dtype=dtype)
+            found = {name for name in operators if not launch.covers(name, tokens, padded_channels(head_dim))}
+            assert found == ({"aggregated"} if (architecture, dtype, head_dim) in NO_ENTRY else set())
 
 
 def test_a_spill_is_found() -> None:

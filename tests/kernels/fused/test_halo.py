@@ -31,6 +31,12 @@ def check(case: Case) -> None:
         check_against_definition(case, score.item())
 
 
+def several_keys(case: Case) -> Case:
+    """With a single key the gradient of its score is 0, and nothing measures its rounding."""
+    alone = case.block == 1 and (case.halo == 0 or case.mask_padding)
+    return replace(case, block=2) if alone else case
+
+
 def identify(case: Case) -> str:
     return f"{case.blocks}-{case.block}-{case.halo}-{case.stride}"
 
@@ -56,13 +62,24 @@ def test_layouts(layout: str) -> None:
 
 @pytest.mark.parametrize("case", sweep(draw, 6, seed=7))
 def test_random_cases(case: Case) -> None:
-    check(replace(case, batch=1, heads=1))
+    check(replace(several_keys(case), batch=1, heads=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sweep(draw, 200, seed=8))
 def test_many_random_cases(case: Case) -> None:
-    check(case)
+    check(several_keys(case))
+
+
+def test_a_single_key_has_no_gradient() -> None:
+    """The softmax of one score is 1. What rounding leaves of the gradient of the score is of the size of an eps."""
+    case = Case((2, 1), 1, 0)
+    with backend("fused"):
+        found = run_with_gradients(case.run, case.inputs(), TENSORS)
+    with backend("tiled"):
+        expected = run_with_gradients(case.run, case.inputs(), TENSORS)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("wanted", subsets(TENSORS), ids="+".join)
