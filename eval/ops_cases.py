@@ -116,7 +116,7 @@ def make_problem(
         )
         implementations = {**_ours(ours), "eager": eager}
         if flex:
-            implementations["flex"] = partial(flex_over_map, mask, torch.compile(flex_attention))
+            implementations["flex"] = partial(flex_over_map, mask, torch.compile(flex_attention, dynamic=False))
         return Problem((packed, table) if bias else (packed,), grad_output, implementations, KERNEL_SIZE**2)
     if op == "halo_attention":
         side = BLOCK_SIZE + 2 * HALO_SIZE
