@@ -40,8 +40,7 @@ def check(case: Case) -> None:
 
 def several_keys(case: Case) -> Case:
     """With a single key the gradient of its score is 0, and nothing measures its rounding."""
-    alone = case.block == 1 and (case.halo == 0 or case.mask_padding)
-    return replace(case, block=2) if alone else case
+    return replace(case, block=2) if case.block == 1 and case.halo == 0 else case
 
 
 def identify(case: Case) -> str:
