@@ -58,8 +58,13 @@ def architecture(device: torch.device) -> Optional[str]:
 
 def covers(operator: str, query: Tensor, channels: int) -> bool:
     """Whether the table has parameters for every kernel of an operator; arguments as for launch_parameters."""
-    kernels = (rows for kernel, rows in TABLE[_row(query)].items() if kernel.startswith(f"{operator}_"))
-    return all(max(channels, 32) in rows[query.element_size()] for rows in kernels)
+    return _covers(_row(query), operator, query.element_size(), max(channels, 32))
+
+
+@cache
+def _covers(row: str, operator: str, element_size: int, channels: int) -> bool:
+    kernels = (entries for kernel, entries in TABLE[row].items() if kernel.startswith(f"{operator}_"))
+    return all(channels in entries[element_size] for entries in kernels)
 
 
 def launch_parameters(kernel: str, query: Tensor, channels: int) -> Parameters:

@@ -151,23 +151,9 @@ def forward_kernel(
     state = start_softmax(BLOCK, VALUE_CHANNELS)
     for start in range(0, TOPK * TOKENS, STEP):
         keys, values, mask = _load_keys(
-            key,
-            value,
-            routes,
-            start,
-            image,
-            regions,
-            head,
-            TOKENS,
-            COLUMNS,
-            WIDTH,
-            TOPK,
-            STEP,
-            HEAD_DIM,
-            CHANNELS,
-            VALUE_DIM,
-            VALUE_CHANNELS,
-        )
+            key, value, routes, start, image, regions, head, TOKENS,
+            COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+        )  # fmt: skip
         state = _attend(state, queries, keys, values, mask, scale, PRECISION)
     store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
@@ -210,23 +196,9 @@ def backward_query_kernel(
     routes += (image.to(tl.int64) * regions + region) * TOPK
     if TOPK * TOKENS <= STEP:
         keys, values, mask = _load_keys(
-            key,
-            value,
-            routes,
-            0,
-            image,
-            regions,
-            head,
-            TOKENS,
-            COLUMNS,
-            WIDTH,
-            TOPK,
-            STEP,
-            HEAD_DIM,
-            CHANNELS,
-            VALUE_DIM,
-            VALUE_CHANNELS,
-        )
+            key, value, routes, 0, image, regions, head, TOKENS,
+            COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+        )  # fmt: skip
         weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
         deltas = tl.sum(weights * of_weights, 1)
         total = tl.sum(weights, 1)
@@ -235,23 +207,9 @@ def backward_query_kernel(
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, TOPK * TOKENS, STEP):
             keys, values, mask = _load_keys(
-                key,
-                value,
-                routes,
-                start,
-                image,
-                regions,
-                head,
-                TOKENS,
-                COLUMNS,
-                WIDTH,
-                TOPK,
-                STEP,
-                HEAD_DIM,
-                CHANNELS,
-                VALUE_DIM,
-                VALUE_CHANNELS,
-            )
+                key, value, routes, start, image, regions, head, TOKENS,
+                COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+            )  # fmt: skip
             weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
             deltas += tl.sum(weights * of_weights, 1)
             total += tl.sum(weights, 1)
@@ -264,23 +222,9 @@ def backward_query_kernel(
             sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
             for start in range(0, TOPK * TOKENS, STEP):
                 keys, values, mask = _load_keys(
-                    key,
-                    value,
-                    routes,
-                    start,
-                    image,
-                    regions,
-                    head,
-                    TOKENS,
-                    COLUMNS,
-                    WIDTH,
-                    TOPK,
-                    STEP,
-                    HEAD_DIM,
-                    CHANNELS,
-                    VALUE_DIM,
-                    VALUE_CHANNELS,
-                )
+                    key, value, routes, start, image, regions, head, TOKENS,
+                    COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+                )  # fmt: skip
                 weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
                 sums += multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
         store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
@@ -448,7 +392,7 @@ def backward(
     needs_gradient: Sequence[bool],
     *arguments,
     into: Optional[Sequence[Tensor]] = None,
-) -> list[Optional[Tensor]]:
+) -> list[Tensor]:
     """Gradients of query, key and value, those that are needed; all three with `into`, tensors to write them to."""
     call = _Call(*arguments)
     statistics = map(call.as_map, (grad_output, output, logsumexp))
