@@ -26,6 +26,7 @@ from ..kernels import gated_positional_attention
 from ..kernels.gated import aggregate, gated_positional_attention_weights
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
 from .blocks.padding import pad_to_multiple
+from .blocks.sizes import always
 from .blocks.transformer import TransformerBlock
 from .names import Variant, default_cfgs_of, register_variants
 
@@ -178,11 +179,8 @@ class PatchEmbed(nn.Module):
 def resize_embedding(embedding: Tensor, grid_size: List[int], size: List[int]) -> Tensor:
     """Embeddings (1, tokens, dim) of a grid, interpolated to a map (1, H, W, dim)."""
     grid = embedding.unflatten(1, grid_size)
-    tracing = False
-    if not torch.jit.is_scripting():
-        tracing = torch.compiler.is_compiling()
-    # interpolation to the same size is the identity; while tracing the sizes are symbols and may not be compared
-    if tracing or size[0] != grid_size[0] or size[1] != grid_size[1]:
+    # interpolation to the same size is the identity
+    if not (always(size[0] == grid_size[0]) and always(size[1] == grid_size[1])):
         grid = F.interpolate(grid.permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=False)
         grid = grid.permute(0, 2, 3, 1)
     return grid

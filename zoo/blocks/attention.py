@@ -19,6 +19,7 @@ from ...kernels.neighborhood import neighborhood_attention_weights
 from ...kernels.window import aggregate as window_aggregate
 from ...kernels.window import window_attention_weights
 from .padding import crop, pad_to_minimum, pad_to_multiple
+from .sizes import always
 
 FEW_SCORES = 1 << 16
 """Of a head, that are stored on a CPU: a map of 16 x 16 tokens."""
@@ -326,11 +327,8 @@ def expand_table(table: Tensor, size: List[int]) -> Tensor:
     Entry (query, key) is the table at key - query; a table for maps of another size is resized bicubically.
     """
     height, width = size[0], size[1]
-    tracing = False
-    if not torch.jit.is_scripting():
-        tracing = torch.compiler.is_compiling()
-    # interpolation to the same size is the identity; while tracing the sizes are symbols and may not be compared
-    if tracing or table.shape[1] != 2 * height - 1 or table.shape[2] != 2 * width - 1:
+    # interpolation to the same size is the identity
+    if not (always(table.shape[1] == 2 * height - 1) and always(table.shape[2] == 2 * width - 1)):
         table = F.interpolate(table[None], size=[2 * height - 1, 2 * width - 1], mode="bicubic", align_corners=False)[0]
     rows = torch.arange(height, device=table.device)
     columns = torch.arange(width, device=table.device)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .attention import attend_with_bias
 from .halo import RelativeTables
 from .padding import pad_by_edge
+from .sizes import always
 
 
 class BottleneckAttention(nn.Module):
@@ -122,12 +123,8 @@ class PositionConv(nn.Conv3d):
 @register_notrace_function
 def resize_relative_table(table: Tensor, size: int) -> Tensor:
     """Embeddings (2 * n - 1, channels) of distances, interpolated to those of an axis of another size."""
-    tracing = False
-    if not torch.jit.is_scripting():
-        tracing = torch.compiler.is_compiling()
-    # interpolation to the same size is the identity; while tracing the size is a symbol and may not be compared
-    if not tracing and table.shape[0] == 2 * size - 1:
-        return table
+    if always(table.shape[0] == 2 * size - 1):
+        return table  # interpolation to the same size is the identity
     resized = F.interpolate(table.t()[None, :, :, None], size=[2 * size - 1, 1], mode="bicubic", align_corners=False)
     return resized[0, :, :, 0].t()
 

@@ -7,6 +7,8 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
+from .sizes import always
+
 
 @register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: List[int]) -> Tensor:
@@ -41,10 +43,7 @@ def pad_by_edge(x: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column of a map (B, C, H, W) up to multiples of ``multiple``."""
     height = (x.shape[2] - 1) // multiple * multiple + multiple - x.shape[2]
     width = (x.shape[3] - 1) // multiple * multiple + multiple - x.shape[3]
-    tracing = False
-    if not torch.jit.is_scripting():
-        tracing = torch.compiler.is_compiling()
-    if not tracing and height == 0 and width == 0:
+    if always(height == 0) and always(width == 0):
         return x
     return F.pad(x, [0, width, 0, height], mode="replicate")
 
@@ -52,24 +51,20 @@ def pad_by_edge(x: Tensor, multiple: int) -> Tensor:
 @register_notrace_function
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """Take what was padded off again: the first rows and columns of (B, H, W, ...)."""
+    if always(height == x.shape[1]) and always(width == x.shape[2]):
+        return x
     tracing = False
     if not torch.jit.is_scripting():
         tracing = torch.compiler.is_compiling()
-    if not tracing and x.shape[1] == height and x.shape[2] == width:
-        return x
-    if not tracing:
+    if not tracing or (always(height <= x.shape[1]) and always(width <= x.shape[2])):
         return x[:, :height, :width]
-    # a slice would add guards on the sizes, an index none
+    # a slice would add guards on sizes that are symbols, an index none
     rows = torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device)
     return x.index_select(1, rows).index_select(2, columns)
 
 
 def _pad(x: Tensor, height: int, width: int) -> Tensor:
-    tracing = False
-    if not torch.jit.is_scripting():
-        tracing = torch.compiler.is_compiling()
-    # a padding by zero would copy the map; while tracing the sizes are symbols and may not be compared
-    if not tracing and x.shape[1] == height and x.shape[2] == width:
-        return x
+    if always(height == x.shape[1]) and always(width == x.shape[2]):
+        return x  # a padding by zero would copy the map
     return F.pad(x, [0, 0, 0, width - x.shape[2], 0, height - x.shape[1]])

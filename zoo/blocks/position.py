@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pooling import cell_bounds, pooled_size
+from .sizes import always
 
 
 class ConvPositionEncoding(nn.Module):
@@ -102,9 +103,10 @@ def _axis_offsets(size: int, cells: int, device: torch.device) -> Tuple[Tensor, 
     if not torch.jit.is_scripting():
         tracing = torch.compiler.is_compiling()
     # Centres lie on tokens or halfway between them, in cells of one size all on the one or all on the other.
-    # While tracing the sizes are symbols: all distances are taken that a map can have.
-    step = 1 if tracing or size % cells != 0 else 2
-    farthest = 2 * size - 2 if tracing else 2 * size - 1 - (size + cells - 1) // cells
+    # Of sizes that are symbols all distances are taken that a map can have.
+    divided = always(size % cells == 0)
+    step = 2 if divided else 1
+    farthest = 2 * size - 2 if tracing and not divided else 2 * size - 1 - (size + cells - 1) // cells
     first, behind = cell_bounds(size, cells, device)
     doubled = 2 * torch.arange(size, device=device)[:, None] - (first + behind - 1)
     distances = torch.arange(-farthest, farthest + 1, step, device=device) / 2
