@@ -18,6 +18,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -175,8 +176,8 @@ class Operator:
     def explain(self, *args: Any, **kwargs: Any) -> str:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        arguments = self.canonicalize(tuple(bound.arguments.values()))
-        self.check(*self.unpacked(arguments))
+        arguments = self.unpacked(self.canonicalize(tuple(bound.arguments.values())))
+        self.check(*arguments)
         asked = selected_backend()
         refusal = self._refuse_fused(arguments)
         unused = f"fused: {refusal or 'another backend is forced'}"
@@ -219,22 +220,27 @@ class Operator:
         with torch.autocast(device_type, enabled=False):
             return self.reference(*arguments)
 
-    def _refuse_fused(self, arguments: tuple) -> str | None:
+    @cached_property
+    def _kernels(self) -> ModuleType | str:
+        """The module of the Triton kernels, or why there is none: a failed import would be repeated at every call."""
         if self.fused is None:
             return "this operator has none"
         try:
-            return importlib.import_module(self.fused).refuse(*self.unpacked(arguments))
+            return importlib.import_module(self.fused)
         except ModuleNotFoundError as error:
             return f"the package {error.name} is not installed"
 
-    def _implementation(self, arguments: tuple) -> ModuleType:
+    def _refuse_fused(self, unpacked: Sequence[Any]) -> str | None:
+        return self._kernels if isinstance(self._kernels, str) else self._kernels.refuse(*unpacked)
+
+    def _implementation(self, unpacked: Sequence[Any]) -> ModuleType:
         asked = selected_backend()
         # A graph that holds the operator runs it even under "reference": tiled is the plain PyTorch of the operator.
         if asked in ("tiled", "reference"):
             return self.tiled
-        refusal = self._refuse_fused(arguments)
+        refusal = self._refuse_fused(unpacked)
         if refusal is None:
-            return importlib.import_module(self.fused)
+            return self._kernels
         if asked == "fused":
             raise ValueError(f"backend='fused' cannot run {self.name}: {refusal}; use backend='auto' or 'tiled'")
         return self.tiled
@@ -258,11 +264,12 @@ class Operator:
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         arguments = self._complete(arguments)
-        self.check(*self.unpacked(arguments))
+        unpacked = self.unpacked(arguments)
+        self.check(*unpacked)
         if arguments[0].numel() == 0:
             return self._allocate(arguments)
-        implementation = self._implementation(arguments)
-        output, logsumexp = implementation.forward(*self.unpacked(self._widen(implementation, arguments)))
+        implementation = self._implementation(unpacked)
+        output, logsumexp = implementation.forward(*self._widen(implementation, unpacked))
         return output.to(arguments[0].dtype).contiguous(), logsumexp.contiguous()
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
@@ -271,16 +278,17 @@ class Operator:
         wanted = self._wanted(needs_gradient, arguments)
         if grad_output.numel() == 0:
             return [tensor.new_zeros(tensor.shape) for tensor in wanted]
-        implementation = self._implementation(arguments)
+        unpacked = self.unpacked(arguments)
+        implementation = self._implementation(unpacked)
         statistics = self._widen(implementation, (grad_output, output, logsumexp))
-        widened = self._widen(implementation, arguments)
+        widened = self._widen(implementation, unpacked)
         gradients = self._run_backward(implementation, statistics, needs_gradient, widened)
         return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, wanted, strict=True)]
 
     def _run_backward(
-        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], arguments: tuple
+        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
     ) -> list[Tensor]:
-        return implementation.backward(*statistics, needs_gradient, *arguments)
+        return implementation.backward(*statistics, needs_gradient, *unpacked)
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         # Tensors on the meta device come here too, eagerly; only traced ones have sizes that a check must not read.

@@ -47,15 +47,16 @@ class PackedOperator(Operator):
         return (torch.Size([*shape[:AXIS], *shape[AXIS + 1 :]]),) * 3 + tuple(options)
 
     def _run_backward(
-        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], arguments: tuple
+        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
     ) -> list[Tensor]:
         needed = [*needs_gradient[:1] * 3, *needs_gradient[1:]]
-        inputs = (*statistics, needed, *self.unpacked(arguments))
+        inputs = (*statistics, needed, *unpacked)
         if not needs_gradient[0]:
             return implementation.backward(*inputs)
         if implementation is self.tiled:
             query, key, value, *others = implementation.backward(*inputs)
             return [torch.stack([query, key, value], AXIS), *others]
-        packed = arguments[0].new_empty(arguments[0].shape)
+        *spatial, heads, head_dim = unpacked[0].shape
+        packed = unpacked[0].new_empty((*spatial, 3, heads, head_dim))
         _, _, _, *others = implementation.backward(*inputs, into=packed.unbind(AXIS))
         return [packed, *others]

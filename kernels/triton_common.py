@@ -8,6 +8,7 @@ head. Scores are held in base 2, as the hardware has exp2 only.
 """
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
@@ -240,15 +241,24 @@ def as_tokens(tensor: Tensor, axes: int, channels: bool = True) -> Tokens:
         axes: spatial axes that kernels count; missing ones lead.
     """
     tensor = adjacent_channels(tensor) if channels else tensor
+    vector = VECTOR_BYTES // tensor.element_size() if channels else 1
     sizes, strides = tensor.shape, tensor.stride()
     if channels:
         sizes, strides = sizes[:-1], strides[:-1]
+    return Tokens(tensor, *_layout(sizes, strides, vector, axes))
+
+
+@lru_cache(maxsize=2**14)  # a network asks for the same few in every step
+def _layout(
+    sizes: tuple[int, ...], strides: tuple[int, ...], vector: int, axes: int
+) -> tuple[tuple[int, ...], tl.constexpr, tl.constexpr]:
+    """Strides, ALIGN and WIDE of :class:`Tokens`; vector: the most elements that ALIGN may promise."""
     strides = [0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True)]
-    align = math.gcd(VECTOR_BYTES // tensor.element_size() if channels else 1, *strides)
+    align = math.gcd(vector, *strides)
     reach = sum((size - 1) * stride for size, stride in zip(sizes[1:-1], strides[1:-1], strict=True))
     batch, *spatial, heads = (stride // align for stride in strides)
     missing = [0] * (axes - len(spatial))
-    return Tokens(tensor, (batch, *missing, *spatial, heads), tl.constexpr(align), tl.constexpr(reach >= 2**31))
+    return (batch, *missing, *spatial, heads), tl.constexpr(align), tl.constexpr(reach >= 2**31)
 
 
 def ceil_div(total: int, share: int) -> int:

@@ -80,8 +80,11 @@ class ContinuousPositionBias(nn.Module):
         weight = self.fc1.weight
         rows, columns = pooled_size(height, self.reduction), pooled_size(width, self.reduction)
         row_offsets, row_index = _axis_offsets(height, rows, weight.device)
-        column_offsets, column_index = _axis_offsets(width, columns, weight.device)
-        down, across = self._log_spaced(row_offsets), self._log_spaced(column_offsets)
+        down = self._log_spaced(row_offsets)
+        column_offsets, column_index, across = row_offsets, row_index, down
+        if not always(height == width):
+            column_offsets, column_index = _axis_offsets(width, columns, weight.device)
+            across = self._log_spaced(column_offsets)
         table = torch.stack(torch.meshgrid([down, across], indexing="ij"), dim=-1).to(weight.dtype)
         bias = self.fc2(F.relu(self.fc1(table), inplace=True))  # (row offsets, column offsets, heads)
         index = row_index[:, None, :, None] * column_offsets.shape[0] + column_index[:, None, :]
@@ -107,7 +110,12 @@ def _axis_offsets(size: int, cells: int, device: torch.device) -> Tuple[Tensor, 
     divided = always(size % cells == 0)
     step = 2 if divided else 1
     farthest = 2 * size - 2 if tracing and not divided else 2 * size - 1 - (size + cells - 1) // cells
-    first, behind = cell_bounds(size, cells, device)
-    doubled = 2 * torch.arange(size, device=device)[:, None] - (first + behind - 1)
+    if divided:
+        side = size // cells
+        centres = torch.arange(side - 1, 2 * size, 2 * side, device=device)  # twice where they are
+    else:
+        first, behind = cell_bounds(size, cells, device)
+        centres = first + behind - 1
+    doubled = torch.arange(0, 2 * size, 2, device=device)[:, None] - centres
     distances = torch.arange(-farthest, farthest + 1, step, device=device) / 2
     return distances, (doubled + farthest).floor_divide(step)
