@@ -19,6 +19,7 @@ from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoi
 from .blocks.attention import GlobalAttention, positive_pair
 from .blocks.embed import ChannelsLastBatchNorm, ConvEmbed
 from .blocks.padding import crop, pad_to_multiple
+from .blocks.sizes import larger, smaller
 from .blocks.transformer import TransformerBlock
 from .names import Variant, default_cfgs_of, register_variants
 
@@ -152,7 +153,7 @@ class ProjectedRoutedAttention(RoutedAttention):
 
     def region(self, x: Tensor) -> List[int]:
         """Height and width of the regions of a map."""
-        return [at_least_one(x.shape[1], self.grid[0]), at_least_one(x.shape[2], self.grid[1])]
+        return [larger(1, x.shape[1] // self.grid[0]), larger(1, x.shape[2] // self.grid[1])]
 
     def divide(self, x: Tensor) -> Tensor:
         region = self.region(x)
@@ -165,13 +166,6 @@ class ProjectedRoutedAttention(RoutedAttention):
     def average(self, x: Tensor) -> Tensor:
         counts = self.divide(torch.ones_like(x[:1, :, :, :1, :1, :1])).sum(dim=4).sum(dim=2)
         return self.divide(x).sum(dim=4).sum(dim=2) / counts
-
-
-def at_least_one(size: int, parts: int) -> int:
-    """Tokens of a region on an axis."""
-    if torch.jit.is_scripting():
-        return max(1, size // parts)
-    return torch.sym_max(1, size // parts)
 
 
 def unflatten_map(x: Tensor, grid: List[int]) -> Tensor:
@@ -188,9 +182,7 @@ def flatten_map(x: Tensor, size: List[int]) -> Tensor:
 def choose_routes(query: Tensor, key: Tensor, topk: int) -> Tensor:
     """For each average query (B, regions, dim) the ``topk`` best average keys, all if there are fewer."""
     affinity = query @ key.transpose(1, 2)
-    if torch.jit.is_scripting():
-        return affinity.topk(min(topk, affinity.shape[2]), dim=-1)[1]
-    return affinity.topk(torch.sym_min(topk, affinity.shape[2]), dim=-1)[1]
+    return affinity.topk(smaller(topk, affinity.shape[2]), dim=-1)[1]
 
 
 class BiFormer(Backbone):

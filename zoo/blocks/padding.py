@@ -7,7 +7,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sizes import always
+from .sizes import always, larger
 
 
 @register_notrace_function
@@ -21,9 +21,7 @@ def pad_to_multiple(x: Tensor, multiple: List[int]) -> Tensor:
 @register_notrace_function
 def pad_to_minimum(x: Tensor, minimum: List[int]) -> Tensor:
     """Pad a map (B, H, W, C) so that it is at least ``minimum`` high and wide."""
-    if torch.jit.is_scripting():
-        return _pad(x, max(minimum[0], x.shape[1]), max(minimum[1], x.shape[2]))
-    return _pad(x, torch.sym_max(minimum[0], x.shape[1]), torch.sym_max(minimum[1], x.shape[2]))
+    return _pad(x, larger(minimum[0], x.shape[1]), larger(minimum[1], x.shape[2]))
 
 
 @register_notrace_function

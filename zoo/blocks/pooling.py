@@ -11,15 +11,13 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sizes import always
+from .sizes import always, larger
 
 
 @register_notrace_function
 def pooled_size(size: int, reduction: int) -> int:
     """Cells that an axis is pooled to, at least one."""
-    if torch.jit.is_scripting():
-        return max(1, size // reduction)
-    return torch.sym_max(1, size // reduction)
+    return larger(1, size // reduction)
 
 
 def cell_bounds(size: int, cells: int, device: torch.device) -> Tuple[Tensor, Tensor]:

@@ -9,3 +9,21 @@ def always(condition: bool) -> bool:
     if torch.jit.is_scripting():
         return condition
     return statically_known_true(condition)
+
+
+def larger(size: int, other: int) -> int:
+    """The larger of two sizes, which may be symbols."""
+    if torch.jit.is_scripting():
+        return max(size, other)
+    if always(size >= other):  # torch.compile of torch 2.11 takes no sym_max of two numbers
+        return size
+    return other if always(size <= other) else torch.sym_max(size, other)
+
+
+def smaller(size: int, other: int) -> int:
+    """The smaller of two sizes, which may be symbols."""
+    if torch.jit.is_scripting():
+        return min(size, other)
+    if always(size <= other):
+        return size
+    return other if always(size >= other) else torch.sym_min(size, other)

@@ -116,8 +116,11 @@ def test_logits_of_float32_beside_bfloat16() -> None:
     assert torch.equal(results[0][0], results[1][0])
     for name, tensor in results[1][1].items():
         assert tensor.grad.dtype == tensor.dtype
-        # the interpreter cuts a float32 off to bfloat16, which loses up to one step of 2**-7
-        torch.testing.assert_close(tensor.grad.float(), results[0][1][name].grad.float(), rtol=2**-7, atol=0)
+        # The interpreter cuts a float32 off to bfloat16, which loses up to one step of 2**-7. Kernels for other dtypes
+        # are compiled apart, so a weight next to a tie may be rounded the other way: 2**-8 of one term of a sum.
+        expected = results[0][1][name].grad.float()
+        atol = 2**-9 * expected.abs().max().item()
+        torch.testing.assert_close(tensor.grad.float(), expected, rtol=2**-7, atol=atol)
 
 
 def test_logsumexp() -> None:
