@@ -164,7 +164,6 @@ def backward_query_kernel(
             of_window = multiply(tl.where(near, of_weights, 0.0), slots, PRECISION)
             pointers, mask = window_pointers(grad_value_weights, position, head, valid, TILE[1], 0, WINDOW, SLOTS)
             tl.store(pointers, of_window.to(grad_value_weights.pointer.dtype.element_ty), mask=mask)
-        of_weights *= weights
         if WHOLE:
             bias = load_pooled_bias(pooled_bias, head, plan[0][0] * plan[0][1], token, valid, cell, pooled, CELLS)
             keys_of_cells, values_of_cells = load_maps(
@@ -173,11 +172,10 @@ def backward_query_kernel(
             of_cells, of_their_weights = weigh(
                 queries, keys_of_cells, grads, values_of_cells, bias, statistics, scale, PRECISION
             )
-            of_their_weights *= of_cells
-            deltas = sum_rows(of_weights, of_their_weights)
+            deltas = sum_rows(weights * of_weights, of_cells * of_their_weights)
             total = sum_rows(weights, of_cells)
         else:
-            deltas = tl.sum(of_weights, 1)
+            deltas = tl.sum(weights * of_weights, 1)
             total = tl.sum(weights, 1)
             for start in range(0, pooled, STEP):
                 block = start + cell
@@ -193,9 +191,9 @@ def backward_query_kernel(
         deltas = deltas / total
         tl.store(token_pointers(delta, position, head), deltas, mask=valid)
         if grad_query is not None:
-            sums = multiply(of_weights - weights * deltas[:, None], keys, PRECISION)
+            sums = multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
             if WHOLE:
-                sums += multiply(of_their_weights - of_cells * deltas[:, None], keys_of_cells, PRECISION)
+                sums += multiply(of_cells * (of_their_weights - deltas[:, None]), keys_of_cells, PRECISION)
             else:
                 for start in range(0, pooled, STEP):
                     block = start + cell
