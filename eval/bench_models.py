@@ -4,6 +4,7 @@ The plain form of a model computes its attention as the official code does witho
 halos and routed regions are gathered, and the weights are stored.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..kernels import backend
-from ..train.errors import UserError, nearest
-from .measure import peak_bytes, report, step_times, tracked
+from ..train.errors import UserError, first_line, nearest
+from .measure import peak_bytes, replayed_seconds, report, step_times, tracked
 from .official_mixers import official_mixers
 
 # Ours and timm's of the same architecture, at a size that both take.
@@ -33,6 +34,7 @@ COUNTERPARTS = {
     "halonet_h1_vicinal": "halonet_h1",
 }
 STEPS = ("inference", "training")
+REPLAYED = ", replayed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,6 +56,8 @@ class BenchOptions:
     """Where to run; on a GPU images and weights are channels-last."""
     compile: bool = False
     """Also measure ours and timm's under torch.compile."""
+    graphs: bool = False
+    """Also capture each step as a CUDA graph and replay it: its time without that of the host."""
     repeats: int = 3
     """Runs of which the fastest counts."""
     csv: Path | None = None
@@ -68,6 +72,8 @@ class BenchOptions:
                 raise UserError(f"--models {name}: no such model; {nearest(name, timm.list_models())}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
+        if self.graphs and self.device != "cuda":
+            raise UserError(f"--graphs: a CUDA graph needs --device cuda, not --device {self.device}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,9 @@ def measure_step(
         for label, (network, context) in networks.items()
     }
     times = step_times(calls, options.repeats, options.device)
-    for label, seconds in times.items():
+    peaks = {label: peak_bytes(call, options.device) / 2**20 for label, call in calls.items()}
+    replayed = dict(_replayed(calls, options.repeats)) if options.graphs else {}
+    for label, seconds in [*times.items(), *replayed.items()]:
         yield Row(
             name,
             "x".join(map(str, (options.batch_size, *images.shape[2:]))),
@@ -151,8 +159,17 @@ def measure_step(
             seconds * 1e3,
             options.batch_size / seconds,
             seconds / times.get("ours", seconds),
-            peak_bytes(calls[label], options.device) / 2**20,
+            peaks[label.removesuffix(REPLAYED)],
         )
+
+
+def _replayed(calls: dict[str, Callable[[], None]], repeats: int) -> Iterator[tuple[str, float]]:
+    """Seconds of those calls that can be captured as CUDA graphs, under their names with a suffix."""
+    for label, call in calls.items():
+        try:
+            yield label + REPLAYED, replayed_seconds(call, repeats)
+        except RuntimeError as error:
+            print(f"{label}: no CUDA graph: {first_line(error)}", file=sys.stderr)
 
 
 def _place(thing: nn.Module | Tensor, options: BenchOptions) -> nn.Module | Tensor:
@@ -180,6 +197,8 @@ def _networks(
         yield "timm", (theirs, nullcontext)
     if options.compile:
         yield "ours, compiled", (torch.compile(subject), nullcontext)
+        if options.device == "cuda":
+            yield "ours, tiled, compiled", (torch.compile(subject), partial(backend, "tiled"))
         if theirs is not None:
             yield "timm, compiled", (torch.compile(theirs), nullcontext)
 

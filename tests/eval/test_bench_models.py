@@ -9,6 +9,7 @@ import timm
 import torch
 
 from vicinal.__main__ import main
+from vicinal.eval import bench_models
 from vicinal.eval.bench_models import COUNTERPARTS, AttentionModules, plain_attention
 
 
@@ -66,9 +67,26 @@ def test_counterparts_are_the_same_networks():
             assert sizes[0] == sizes[1]
 
 
+def test_what_cannot_be_captured_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a GPU replays the step of one network, another may have to wait for the GPU."""
+
+    def replay(call, repeats: int) -> float:
+        if call is None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return 0.25 * repeats
+
+    monkeypatch.setattr(bench_models, "replayed_seconds", replay)
+    times = dict(bench_models._replayed({"ours": print, "timm": None}, 2))
+    assert times == {"ours, replayed": 0.5}
+    assert "timm: no CUDA graph: operation not permitted when stream is capturing\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--graphs"], "a CUDA graph needs --device cuda"),
         (["--models", "davit_tiny_vicinall"], "did you mean davit_tiny_vicinal"),
         (["--repeats", "0"], "--repeats 0"),
         (["--models", "shvit_pico_vicinal", "--part", "attention"], "no attention modules with a plain form"),
