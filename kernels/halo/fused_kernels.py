@@ -181,6 +181,59 @@ def _store_strip(window, values, row, column, SIDES: tl.constexpr, DIM: tl.const
 
 
 @triton.jit
+def _weigh_strip(
+    queries, grads, of_softmax, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Row and column of the cells of a strip, their keys, their weights (queries, cells) and the gradients of these.
+
+    of_columns lacks the logsumexp.
+    """
+    row, column, keys, values = _load_strip(
+        key, value, top, left, head, block, size,
+        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    )  # fmt: skip
+    rows = top + tl.arange(0, ROWS)
+    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
+    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias)
+    return row, column, keys, weights, tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+
+
+@triton.jit
+def _mean_gradients(
+    query, grads, logsumexp, key, value, height, width, position, head, valid, block, size, scale,
+    SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Delta of queries, as the mean of the gradients of their weights, in a pass of its own through the window.
+
+    It is divided by the sum of the weights, which is 1 but for the rounding of the logsumexp.
+    """
+    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+    of_softmax = load_logsumexp(logsumexp, position, head, valid)
+    sums = tl.zeros([QUERIES], tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    for left in tl.static_range(0, SIDE, COLUMNS):
+        columns = left + tl.arange(0, COLUMNS)
+        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        for top in range(0, SIDE, ROWS):
+            _, _, _, weights, of_weights = _weigh_strip(
+                queries, grads, of_softmax, key, value, height, of_columns,
+                top, left, position, head, valid, block, size, scale,
+                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+            )  # fmt: skip
+            sums += tl.sum(weights * of_weights, 1)
+            total += tl.sum(weights, 1)
+    return sums / total
+
+
+@triton.jit
 def _differentiate_strip(
     of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
     grad_query, grad_height, grad_width, window_keys, window_values,
@@ -194,20 +247,18 @@ def _differentiate_strip(
     of_columns lacks the logsumexp.
     """
     side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    row, column, keys, values = _load_strip(
-        key, value, top, left, head, block, size,
-        SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
+    row, column, keys, weights, of_weights = _weigh_strip(
+        queries, grads, of_softmax, key, value, height, of_columns,
+        top, left, position, head, valid, block, size, scale,
+        SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+        HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
     )  # fmt: skip
-    rows = top + tl.arange(0, ROWS)
-    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
-    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
-    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias)
-    of_scores = weights * (tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    of_scores = weights * (of_weights - delta[:, None])
     if grad_query is not None:
         of_queries += multiply(of_scores, keys, PRECISION)
     if grad_height is not None:
         sums = tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 2)
-        _add_lines(grad_height, sums, rows, position, head, valid, left > 0, side)
+        _add_lines(grad_height, sums, top + tl.arange(0, ROWS), position, head, valid, left > 0, side)
     if grad_width is not None:
         of_width += tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 1)
     if window_keys is not None:
@@ -240,6 +291,7 @@ def backward_query_kernel(
     scale,
     SIDES: tl.constexpr,
     MASK_PADDING: tl.constexpr,
+    FEW_KEYS: tl.constexpr,
     PARTS: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -252,7 +304,10 @@ def backward_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: the gradients of a part of the queries of a block, of their logits, and their share in the
-    gradients of the keys and values of the window, which goes to window_keys and window_values."""
+    gradients of the keys and values of the window, which goes to window_keys and window_values.
+
+    Delta is the sum of output times gradient; with FEW_KEYS (see fused.py) the rounding of the output would show in it.
+    """
     SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
     ROWS: tl.constexpr = BLOCK // COLUMNS
     REST: tl.constexpr = SIDE % ROWS
@@ -261,8 +316,14 @@ def backward_query_kernel(
     block = (first + block[0], block[1], block[2])
     position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    outputs = load_map(output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    delta = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
+    if FEW_KEYS:
+        delta = _mean_gradients(
+            query, grads, logsumexp, key, value, height, width, position, head, valid, block, size, scale,
+            SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
+        )  # fmt: skip
+    else:
+        outputs = load_map(output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+        delta = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     of_softmax = load_logsumexp(logsumexp, position, head, valid)
     of_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)

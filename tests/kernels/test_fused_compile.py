@@ -75,6 +75,12 @@ def test_hopper_in_float32() -> None:
     check(CASES[0], 32, torch.float32, "hopper")
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_halo_of_few_keys(head_dim: int) -> None:
+    """The backward goes through the window twice."""
+    check(Case("halo_attention", 4), head_dim, torch.bfloat16, "hopper")
+
+
 def test_allowed_tf32_uses_tensor_cores() -> None:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
