@@ -107,15 +107,15 @@ def _axis_offsets(size: int, cells: int, device: torch.device) -> Tuple[Tensor, 
         tracing = torch.compiler.is_compiling()
     # Centres lie on tokens or halfway between them, in cells of one size all on the one or all on the other.
     # Of sizes that are symbols all distances are taken that a map can have.
-    divided = always(size % cells == 0)
-    step = 2 if divided else 1
-    farthest = 2 * size - 2 if tracing and not divided else 2 * size - 1 - (size + cells - 1) // cells
-    if divided:
-        side = size // cells
-        centres = torch.arange(side - 1, 2 * size, 2 * side, device=device)  # twice where they are
+    if always(size % cells == 0):
+        step, side = 2, size // cells
+        farthest = 2 * size - 1 - side
+        doubled_centres = 2 * side * torch.arange(cells, device=device) + side - 1
     else:
+        step = 1
+        farthest = 2 * size - 2 if tracing else 2 * size - 1 - (size + cells - 1) // cells
         first, behind = cell_bounds(size, cells, device)
-        centres = first + behind - 1
-    doubled = torch.arange(0, 2 * size, 2, device=device)[:, None] - centres
+        doubled_centres = first + behind - 1
+    doubled = 2 * torch.arange(size, device=device)[:, None] - doubled_centres
     distances = torch.arange(-farthest, farthest + 1, step, device=device) / 2
     return distances, (doubled + farthest).floor_divide(step)
