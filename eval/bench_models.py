@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..kernels import backend
 from ..train.errors import UserError, first_line, nearest
-from .measure import peak_bytes, replayed_seconds, report, step_times, tracked
+from .measure import peak_bytes, print_table, replayed_seconds, step_times, tracked, write_table
 from .official_mixers import official_mixers
 
 # Ours and timm's of the same architecture, at a size that both take.
@@ -95,9 +95,11 @@ def main(argv: Sequence[str]) -> int:
     import tyro
 
     options = tyro.cli(BenchOptions, prog="vicinal bench models", args=argv)
-    report(
-        [row for name in tracked(options.models or list(COUNTERPARTS)) for row in _measure(name, options)], options.csv
-    )
+    rows: list[Row] = []
+    for name in tracked(options.models or list(COUNTERPARTS)):
+        rows += _measure(name, options)
+        write_table(rows, options.csv)  # a run that is cut off keeps what it has
+    print_table(rows)
     return 0
 
 

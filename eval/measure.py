@@ -188,6 +188,12 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
 
 def report(rows: Sequence[Any], path: Path | None) -> None:
     """Print rows (instances of one dataclass) as a table with how to read it, and write them as CSV if asked to."""
+    print_table(rows)
+    write_table(rows, path)
+
+
+def print_table(rows: Sequence[Any]) -> None:
+    """Print rows (instances of one dataclass) as a table with how to read it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -202,6 +208,10 @@ def report(rows: Sequence[Any], path: Path | None) -> None:
             *(f"{value:.2f}" if is_number else str(value) for value, is_number in zip(values, numeric, strict=True))
         )
     Console(width=None if Console().is_terminal else 190).print(table)
+
+
+def write_table(rows: Sequence[Any], path: Path | None) -> None:
+    """Write rows as CSV, and beside it how they came about, if there is a path."""
     if path:
         write_atomically(path, partial(_write_csv, rows))
         write_atomically(path.with_suffix(".json"), _write_provenance)

@@ -35,11 +35,11 @@ def provenance(name: str) -> str:
     return f"{line} {found.get('note', '')}".strip()
 
 
-def ratio(rows: dict[str, Row], slower: str, faster: str) -> str:
+def ratio(rows: dict[str, Row], slower: str, faster: str, digits: int = 1) -> str:
     """How many times the time of one implementation another takes."""
     if slower not in rows or faster not in rows:
         return ""
-    return f"{float(rows[slower]['ms']) / float(rows[faster]['ms']):.1f}"
+    return f"{float(rows[slower]['ms']) / float(rows[faster]['ms']):.{digits}f}"
 
 
 def operators(name: str) -> Iterator[str]:
@@ -67,7 +67,7 @@ def models(name: str) -> Iterator[str]:
         for way in ways:
             ours = rows.get(f"ours{way}")
             cells.append(f"{float(ours['images_per_second']):.0f}" if ours else "")
-            cells += [ratio(rows, f"{other}{way}", f"ours{way}") for other in ("ours, tiled", "timm")]
+            cells += [ratio(rows, f"{other}{way}", f"ours{way}", 2) for other in ("ours, tiled", "timm")]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -50,7 +50,7 @@ def test_models(results: Path) -> None:
         results / "models",
         [{**case, "implementation": name, "ms": ms, "images_per_second": 1e3 / ms} for name, ms in times.items()],
     )
-    assert "| nat_tiny | training | 2.0 | 20 | 2.0 |  | 33 | 3.0 |  | 25 |  | 1.5 |" in performance.section()
+    assert "| nat_tiny | training | 2.0 | 20 | 2.00 |  | 33 | 3.00 |  | 25 |  | 1.50 |" in performance.section()
 
 
 def test_a_file_without_marks_is_refused() -> None:
