@@ -244,7 +244,7 @@ class AggregatedAttention(LengthScaledAttention):
 
 def inverse_norm(x: Tensor) -> Tensor:
     """What normalises the vectors (..., dim) as a factor (..., 1), as F.normalize takes it."""
-    return x.norm(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
+    return x.norm(p=2.0, dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 @register_notrace_function
