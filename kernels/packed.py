@@ -1,10 +1,12 @@
 """Operators on a packed projection: query, key and value as one tensor (batch, *spatial, 3, heads, head_dim).
 
 Their forward is that of the operator on the three views. Their backward has one gradient to return, which the fused
-kernels write in place, where autograd would have to stack three gradients into a new tensor.
+kernels and some tiled forms write in place, where autograd would have to stack three gradients into a new tensor.
 """
 
+import inspect
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +17,12 @@ from .dispatch import Operator
 
 AXIS = -3
 SEPARATE = "Tensor query, Tensor key, Tensor value"
+
+
+@cache
+def _takes_space(implementation: ModuleType) -> bool:
+    """Whether its backward has an argument `into`, the tensors to write the gradients of query, key and value to."""
+    return "into" in inspect.signature(implementation.backward).parameters
 
 
 class PackedOperator(Operator):
@@ -53,7 +61,7 @@ class PackedOperator(Operator):
         inputs = (*statistics, needed, *unpacked)
         if not needs_gradient[0]:
             return implementation.backward(*inputs)
-        if implementation is self.tiled:
+        if not _takes_space(implementation):
             query, key, value, *others = implementation.backward(*inputs)
             return [torch.stack([query, key, value], AXIS), *others]
         *spatial, heads, head_dim = unpacked[0].shape

@@ -115,12 +115,22 @@ class Windows:
     def load(self, tokens: Tensor, chunk: Chunk) -> Tensor:
         """Gather the windows of a chunk into (windows * heads, tokens, channels)."""
         windows = tokens.new_empty(self._shape(chunk, tokens))
-        for of_map, of_windows in self._pairs(tokens, windows, chunk):
-            of_windows.copy_(of_map)
+        self._gather(tokens, windows, chunk)
         return windows.view(-1, self.tokens, tokens.shape[-1])
 
+    def load_whole_tokens(self, tokens: Tensor, chunk: Chunk) -> Tensor:
+        """The same as (windows, heads, tokens, channels) whose heads lie next to each other: longer runs to copy."""
+        images, rows, columns, heads, *window, channels = self._shape(chunk, tokens)
+        windows = tokens.new_empty((images, rows, columns, *window, heads, channels)).permute(0, 1, 2, 5, 3, 4, 6)
+        self._gather(tokens, windows, chunk)
+        return windows.flatten(0, 2).flatten(2, 3)
+
+    def _gather(self, tokens: Tensor, windows: Tensor, chunk: Chunk) -> None:
+        for of_map, of_windows in self._pairs(tokens, windows, chunk):
+            of_windows.copy_(of_map)
+
     def store(self, windows: Tensor, tokens: Tensor, chunk: Chunk) -> None:
-        """Write (windows * heads, tokens, channels) back into the map."""
+        """Write (windows * heads, tokens, channels) or (windows, heads, tokens, channels) back into the map."""
         windows = windows.view(self._shape(chunk, tokens))
         for of_map, of_windows in self._pairs(tokens, windows, chunk):
             of_map.copy_(of_windows)
@@ -206,9 +216,10 @@ def forward(
     score = Scores(windows, query, relative_position_bias, scale)
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=score.dtype)
-    attend = _attend_at_once if query.device.type == "cpu" and not any(windows.shifts) else _attend
+    at_once = query.device.type == "cpu" and not any(windows.shifts)
+    load, attend = (windows.load_whole_tokens, _attend_at_once) if at_once else (windows.load, _attend)
     for chunk in windows.chunks():
-        queries, keys, values = (windows.load(tokens, chunk) for tokens in (query, key, value))
+        queries, keys, values = (load(tokens, chunk) for tokens in (query, key, value))
         result, statistic = attend(score, queries, keys, values, chunk)
         windows.store(result, output, chunk)
         windows.store(statistic, logsumexp, chunk)
@@ -227,12 +238,11 @@ def _attend(score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chu
 
 def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """The same without masks, by the kernel of scaled_dot_product_attention, which never stores the scores."""
-    query, key, value = (tokens.unflatten(0, (-1, score.windows.heads)) for tokens in (query, key, value))
     bias = None if score.bias is None else score.bias[None]
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=bias, scale=score.scale
     )
-    return output.contiguous(), logsumexp.contiguous()
+    return output, logsumexp.contiguous()
 
 
 def backward(
@@ -248,8 +258,9 @@ def backward(
     shift: Sequence[int],
     relative_position_bias: Optional[Tensor],
     scale: Optional[float],
+    into: Optional[Sequence[Tensor]] = None,
 ) -> list[Tensor]:
-    """Gradients of query, key, value and the bias table, those that are needed.
+    """Gradients of query, key, value and the bias table, those that are needed; the first three `into` tensors.
 
     With weights P and scores S: dV = P^T dO, dP = dO V^T, dS = P dP - P sum(P dP), dQ = scale dS K, dK = scale dS^T Q,
     and the bias table collects dS.
@@ -257,7 +268,7 @@ def backward(
     windows = Windows(query, window_size, partition, shift)
     score = Scores(windows, query, relative_position_bias, scale)
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
-    gradients = [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
+    gradients = into or [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
     of_bias = query.new_zeros((windows.heads, windows.tokens, windows.tokens), dtype=score.dtype)
     for chunk in windows.chunks():
         inputs = [windows.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
