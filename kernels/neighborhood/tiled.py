@@ -14,6 +14,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from ..buffers import Buffer
 from ..checks import neighborhood_options
 from ..dispatch import statistics_dtype
 from .geometry import Run, axis_runs, split
@@ -32,29 +33,6 @@ class Piece(NamedTuple):
     runs: tuple[Run, ...]
 
 
-class _Buffer:
-    """Memory that the pieces of a call use in turn: fresh memory costs a page fault for every 4 KB."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.memory = torch.empty(0, dtype=dtype, device=device)
-
-    def take(self, shape: Sequence[int]) -> Tensor:
-        """Uninitialized; valid until the next call."""
-        size = math.prod(shape)
-        if self.memory.numel() < size:
-            self.memory = self.memory.new_empty(size)
-        return self.memory[:size].view(shape)
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """The tensor in the dtype of the buffer."""
-        return tensor if tensor.dtype == self.memory.dtype else self.take(tensor.shape).copy_(tensor)
-
-    def product(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-        """scale * left @ right with one rounding."""
-        result = self.take((left.shape[0], left.shape[1], right.shape[2]))
-        return result.baddbmm_(left, right, beta=0, alpha=scale)
-
-
 class _Map:
     """A tensor over the map, whose tiles are viewed, read and written."""
 
@@ -62,7 +40,7 @@ class _Map:
         """Args: tensor: (batch, *spatial, heads, channels) of any strides; dtype: of the tiles that are loaded."""
         batch, *spatial, heads, channel = tensor.stride()
         self.tensor = tensor
-        self.buffer = _Buffer(dtype, tensor.device)
+        self.buffer = Buffer(dtype, tensor.device)
         self.strides = (batch, heads, channel)
         # Strides to the next residue and to the next place of the same group.
         self.axes = [(stride, stride * step) for stride, step in zip(spatial, dilation, strict=True)]
@@ -181,10 +159,10 @@ class _Tiling:
             for start in range(0, self.batch, images):
                 yield Piece(slice(start, min(start + images, self.batch)), part)
 
-    def buffer(self, dtype: Optional[torch.dtype] = None) -> _Buffer:
-        return _Buffer(dtype or self.dtype, self.device)
+    def buffer(self, dtype: Optional[torch.dtype] = None) -> Buffer:
+        return Buffer(dtype or self.dtype, self.device)
 
-    def scores(self, query: Tensor, key: Tensor, bias: Optional[Tensor], buffer: _Buffer) -> Tensor:
+    def scores(self, query: Tensor, key: Tensor, bias: Optional[Tensor], buffer: Buffer) -> Tensor:
         """Scores in base 2, (tiles * heads, queries, keys)."""
         scale = self.scale * LOG2_E
         if bias is None:
@@ -303,7 +281,7 @@ def softmax_base_2(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights.mul_(total.reciprocal()), total.log2_().add_(largest)
 
 
-def softmax_backward(grad_weights: Tensor, weights: Tensor, buffer: _Buffer) -> Tensor:
+def softmax_backward(grad_weights: Tensor, weights: Tensor, buffer: Buffer) -> Tensor:
     """weights * (grad_weights - sum(weights * grad_weights)), the gradient of the scores in base e."""
     result = buffer.take(weights.shape)
     return torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=result)

@@ -14,6 +14,7 @@ from typing import Iterator, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
+from ..buffers import Buffer
 from ..checks import per_axis
 from ..dispatch import statistics_dtype
 from .geometry import bias_index
@@ -112,16 +113,16 @@ class Windows:
                 pieces = list(product(down, across))
                 yield Chunk(image, min(images, self.batch - image), count, is_last, pieces)
 
-    def load(self, tokens: Tensor, chunk: Chunk) -> Tensor:
-        """Gather the windows of a chunk into (windows * heads, tokens, channels)."""
-        windows = tokens.new_empty(self._shape(chunk, tokens))
+    def load(self, tokens: Tensor, chunk: Chunk, buffer: Buffer) -> Tensor:
+        """Gather the windows of a chunk into (windows * heads, tokens, channels), in the buffer."""
+        windows = buffer.take(self._shape(chunk, tokens))
         self._gather(tokens, windows, chunk)
         return windows.view(-1, self.tokens, tokens.shape[-1])
 
-    def load_whole_tokens(self, tokens: Tensor, chunk: Chunk) -> Tensor:
+    def load_whole_tokens(self, tokens: Tensor, chunk: Chunk, buffer: Buffer) -> Tensor:
         """The same as (windows, heads, tokens, channels) whose heads lie next to each other: longer runs to copy."""
         images, rows, columns, heads, *window, channels = self._shape(chunk, tokens)
-        windows = tokens.new_empty((images, rows, columns, *window, heads, channels)).permute(0, 1, 2, 5, 3, 4, 6)
+        windows = buffer.take((images, rows, columns, *window, heads, channels)).permute(0, 1, 2, 5, 3, 4, 6)
         self._gather(tokens, windows, chunk)
         return windows.flatten(0, 2).flatten(2, 3)
 
@@ -182,6 +183,7 @@ class Scores:
     def __init__(self, windows: Windows, query: Tensor, table: Optional[Tensor], scale: Optional[float]) -> None:
         self.windows = windows
         self.dtype = statistics_dtype(query.dtype)
+        self.products = Buffer(query.dtype, query.device)
         self.scale = windows.head_dim**-0.5 if scale is None else scale
         self.bias = windows.bias(table, self.dtype)
         self.masks = windows.masks(query, self.dtype)
@@ -189,7 +191,7 @@ class Scores:
     def __call__(self, query: Tensor, key: Tensor, chunk: Chunk) -> Tensor:
         """(windows * heads, tokens, tokens) in the dtype of statistics."""
         windows = self.windows
-        scores = torch.bmm(query, key.transpose(1, 2)).to(self.dtype).mul_(self.scale)
+        scores = self.products.product(query, key.transpose(1, 2), self.scale).to(self.dtype)
         by_window = scores.view(-1, chunk.rows, windows.axes[1].count, windows.heads, windows.tokens, windows.tokens)
         if self.bias is not None:
             by_window.add_(self.bias)
@@ -218,8 +220,9 @@ def forward(
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=score.dtype)
     at_once = query.device.type == "cpu" and not any(windows.shifts)
     load, attend = (windows.load_whole_tokens, _attend_at_once) if at_once else (windows.load, _attend)
+    inputs = [(tokens, Buffer(tokens.dtype, tokens.device)) for tokens in (query, key, value)]
     for chunk in windows.chunks():
-        queries, keys, values = (load(tokens, chunk) for tokens in (query, key, value))
+        queries, keys, values = (load(tokens, chunk, buffer) for tokens, buffer in inputs)
         result, statistic = attend(score, queries, keys, values, chunk)
         windows.store(result, output, chunk)
         windows.store(statistic, logsumexp, chunk)
@@ -270,11 +273,13 @@ def backward(
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
     gradients = into or [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
     of_bias = query.new_zeros((windows.heads, windows.tokens, windows.tokens), dtype=score.dtype)
+    buffers = [Buffer(query.dtype, query.device) for _ in range(8)]
     for chunk in windows.chunks():
-        inputs = [windows.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
+        loaded = zip((query, key, value, grad_output), buffers[:4], strict=True)
+        inputs = [windows.load(tokens, chunk, buffer) for tokens, buffer in loaded]
         # Not exp(scores - logsumexp): that would carry over the rounding of a large logsumexp, for the same time.
         weights = score(*inputs[:2], chunk).softmax(-1)
-        of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient)
+        of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:])
         if needs_gradient[3]:
             of_bias.add_(of_scores.view(-1, *of_bias.shape).sum(0))
         for result, gradient in zip(results, gradients, strict=True):
@@ -287,21 +292,22 @@ def backward(
 
 
 def _chunk_gradients(
-    weights: Tensor, inputs: Sequence[Tensor], scale: float, needs_gradient: Sequence[bool]
+    weights: Tensor, inputs: Sequence[Tensor], scale: float, needs_gradient: Sequence[bool], buffers: Sequence[Buffer]
 ) -> tuple[Optional[Tensor], ...]:
-    """Gradients of scores, query, key and value of one chunk; None for what is not needed."""
+    """Gradients of scores, query, key and value of one chunk, in the buffers; None for what is not needed."""
     query, key, value, grad_output = inputs
+    for_scores, for_query, for_key, for_value = buffers
     of_scores = of_query = of_key = of_value = None
     if needs_gradient[2]:
-        of_value = torch.bmm(weights.to(value.dtype).transpose(1, 2), grad_output)
+        of_value = for_value.product(weights.to(value.dtype).transpose(1, 2), grad_output)
     if any((needs_gradient[0], needs_gradient[1], needs_gradient[3])):
-        of_scores = torch.bmm(grad_output, value.transpose(1, 2)).to(weights.dtype).mul_(weights)
+        of_scores = for_scores.product(grad_output, value.transpose(1, 2)).to(weights.dtype).mul_(weights)
         of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
         rounded = of_scores.to(query.dtype)
     if needs_gradient[0]:
-        of_query = torch.bmm(rounded, key).mul_(scale)
+        of_query = for_query.product(rounded, key, scale)
     if needs_gradient[1]:
-        of_key = torch.bmm(rounded.transpose(1, 2), query).mul_(scale)
+        of_key = for_key.product(rounded.transpose(1, 2), query, scale)
     return of_scores, of_query, of_key, of_value
 
 

@@ -302,9 +302,10 @@ def test_minus_infinity_in_the_bias_masks_a_key() -> None:
     assert_accurate(case, tensors=tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.5])
-def test_scale(scale: float) -> None:
-    assert_accurate(Case((9, 8), 3), scale=scale)
+def test_scale(scale: float, dtype: torch.dtype) -> None:
+    assert_accurate(Case((9, 8), 3, dtype=dtype), scale=scale)
     assert_accurate(Case((9, 8), 3), "reference", scale=scale)
 
 
