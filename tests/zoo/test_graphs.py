@@ -96,6 +96,32 @@ def test_compile_with_inductor(name: str):
         assert_same_numbers(compiled(image), model(image))
 
 
+@names
+def test_compiled_maps_of_known_size_are_not_cropped_by_an_index(name: str):
+    """An index leaves no guard on a size that is a symbol, but its gradient is a scatter."""
+    found: set[str] = set()
+
+    def collect(graph: torch.fx.GraphModule, _: list[Tensor]):
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, image = create(name), images(name)[0]
+    with torch.no_grad():
+        assert_same_numbers(torch.compile(model, fullgraph=True, dynamic=False, backend=collect)(image), model(image))
+    assert found
+    assert "index_select" not in found
+
+
+@names
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace(name: str):
+    model, image = create(name), images(name)[0]
+    traced = torch.jit.trace(model, image)
+    with torch.no_grad():
+        assert_same_numbers(traced(-image), model(-image))
+
+
 def dynamic_shapes(name: str) -> tuple:
     least = 64 * SCALES.get(name, 1)
     return (

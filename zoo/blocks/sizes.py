@@ -8,6 +8,8 @@ def always(condition: bool) -> bool:
     """A comparison of sizes; of symbols, whether it holds for all of them. To evaluate it would leave a guard."""
     if torch.jit.is_scripting():
         return condition
+    if torch.jit.is_tracing():
+        return bool(condition)  # torch.jit.trace makes tensors of sizes
     return statically_known_true(condition)
 
 
