@@ -151,7 +151,7 @@ def measure_step(
     }
     times = step_times(calls, options.repeats, options.device)
     peaks = {label: peak_bytes(call, options.device) / 2**20 for label, call in calls.items()}
-    replayed = dict(_replayed(calls, options.repeats)) if options.graphs else {}
+    replayed = dict(_replayed(name, calls, options.repeats)) if options.graphs else {}
     for label, seconds in [*times.items(), *replayed.items()]:
         yield Row(
             name,
@@ -165,13 +165,13 @@ def measure_step(
         )
 
 
-def _replayed(calls: dict[str, Callable[[], None]], repeats: int) -> Iterator[tuple[str, float]]:
+def _replayed(name: str, calls: dict[str, Callable[[], None]], repeats: int) -> Iterator[tuple[str, float]]:
     """Seconds of those calls that can be captured as CUDA graphs, under their names with a suffix."""
     for label, call in calls.items():
         try:
             yield label + REPLAYED, replayed_seconds(call, repeats)
         except RuntimeError as error:
-            print(f"{label}: no CUDA graph: {first_line(error)}", file=sys.stderr)
+            print(f"{name}, {label}: no CUDA graph: {first_line(error)}", file=sys.stderr)
 
 
 def _place(thing: nn.Module | Tensor, options: BenchOptions) -> nn.Module | Tensor:

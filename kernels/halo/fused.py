@@ -4,9 +4,10 @@ A program owns queries of one block, for one head, and goes through the cells of
 Cells outside the map are zeros, or have no weight. The relative logits of a strip are a sum of those of its rows and
 those of its columns; the latter are the same for all strips. Slots of a strip that are no cells have logits of -inf.
 
-The backward makes each score once: a program also writes what its queries give to the gradients of the window, and
-a second kernel adds up the windows that hold a token. So every sum has a fixed order, without atomics. Windows overlap,
-and their gradients take two to four times the room of the map's: as many images at a time as fit in SCRATCH.
+The backward makes each score once, twice where queries may see few keys (FEW_KEYS): a program also writes what its
+queries give to the gradients of the window, and a second kernel adds up the windows that hold a token. So every sum has
+a fixed order, without atomics. Windows overlap, and their gradients take two to four times the room of the map's: as
+many images at a time as fit in SCRATCH.
 """
 
 import math

@@ -78,9 +78,10 @@ def test_what_cannot_be_captured_is_named_and_left_out(
         return 0.25 * repeats
 
     monkeypatch.setattr(bench_models, "replayed_seconds", replay)
-    times = dict(bench_models._replayed({"ours": print, "timm": None}, 2))
+    times = dict(bench_models._replayed("nat_pico", {"ours": print, "timm": None}, 2))
     assert times == {"ours, replayed": 0.5}
-    assert "timm: no CUDA graph: operation not permitted when stream is capturing\n" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "nat_pico, timm: no CUDA graph: operation not permitted when stream is capturing\n" in printed
 
 
 @pytest.mark.parametrize(

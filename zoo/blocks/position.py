@@ -102,9 +102,6 @@ def _axis_offsets(size: int, cells: int, device: torch.device) -> Tuple[Tensor, 
     Returns:
         Distances in tokens, and places (size, cells).
     """
-    tracing = False
-    if not torch.jit.is_scripting():
-        tracing = torch.compiler.is_compiling()
     # Centres lie on tokens or halfway between them, in cells of one size all on the one or all on the other.
     # Of sizes that are symbols all distances are taken that a map can have.
     if always(size % cells == 0):
@@ -112,6 +109,9 @@ def _axis_offsets(size: int, cells: int, device: torch.device) -> Tuple[Tensor, 
         farthest = 2 * size - 1 - side
         doubled_centres = 2 * side * torch.arange(cells, device=device) + side - 1
     else:
+        tracing = False
+        if not torch.jit.is_scripting():
+            tracing = torch.compiler.is_compiling()
         step = 1
         farthest = 2 * size - 2 if tracing else 2 * size - 1 - (size + cells - 1) // cells
         first, behind = cell_bounds(size, cells, device)
