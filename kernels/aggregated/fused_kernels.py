@@ -28,11 +28,12 @@ from .fused_tiles import (
     program_of_tile,
     residues,
     score,
+    store_sums_by_slot,
+    store_windows,
     sum_rows,
     weigh,
     window_pointers,
     window_slots,
-    window_slots_by_residue,
 )
 
 
@@ -71,11 +72,13 @@ def forward_kernel(
     cell = tl.arange(0, STEP)
     for image in range(images[0], images[1]):
         position = (image, tokens[0], tokens[1])
+        # loads in the order that keeps the fewest registers in use, which Hopper's entry of the table needs
+        around = (image, box[0], box[1])
+        queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
+        keys = load_map(key, around, head, inside, HEAD_DIM, CHANNELS)
         if value_weights is not None:
             pointers, mask = window_pointers(value_weights, position, head, valid, TILE[1], 0, WINDOW, SLOTS)
             of_window = tl.load(pointers, mask=mask, other=0.0)
-        queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-        keys, values = load_maps(key, value, (image, box[0], box[1]), head, inside, HEAD_DIM, CHANNELS)
         scores = score(queries, keys, local, scale, PRECISION)
         if WHOLE:
             bias = load_pooled_bias(pooled_bias, head, plan[0][0] * plan[0][1], token, valid, cell, pooled, CELLS)
@@ -101,6 +104,7 @@ def forward_kernel(
             largest, total, sums = state
             weights, largest, total, decay = softmax_step(scores, largest, total)
             sums *= decay[:, None]
+        values = load_map(value, around, head, inside, HEAD_DIM, CHANNELS)
         if value_weights is None:
             sums = (sums + multiply(weights, values, PRECISION)) * (1 / total)[:, None]
         else:
@@ -160,10 +164,10 @@ def backward_query_kernel(
         keys, values = load_maps(key, value, (image, box[0], box[1]), head, inside, HEAD_DIM, CHANNELS)
         weights, of_weights = weigh(queries, keys, grads, values, local, statistics, scale, PRECISION)
         if grad_value_weights is not None:
-            slots = residues(tl.arange(0, BOX), TILE[1] + WINDOW - 1, WINDOW, SLOTS).to(keys.dtype)
-            of_window = multiply(tl.where(near, of_weights, 0.0), slots, PRECISION)
-            pointers, mask = window_pointers(grad_value_weights, position, head, valid, TILE[1], 0, WINDOW, SLOTS)
-            tl.store(pointers, of_window.to(grad_value_weights.pointer.dtype.element_ty), mask=mask)
+            store_windows(
+                grad_value_weights, tl.where(near, of_weights, 0.0), position, head, valid, keys.dtype,
+                TILE, BOX, WINDOW, SLOTS, PRECISION,
+            )  # fmt: skip
         if WHOLE:
             bias = load_pooled_bias(pooled_bias, head, plan[0][0] * plan[0][1], token, valid, cell, pooled, CELLS)
             keys_of_cells, values_of_cells = load_maps(
@@ -268,12 +272,4 @@ def backward_key_kernel(
                 weights += tl.where(visible, multiply(slots, tl.trans(of_window), PRECISION), 0.0)
             store_map(grad_value, multiply(weights, grads, PRECISION), position, head, valid, HEAD_DIM, CHANNELS)
     if partial is not None:
-        of_slots = tl.zeros([BLOCK, SLOTS], tl.float32)
-        for _ in tl.static_range(3):  # of 8 bits each, which make a float32
-            bits = of_bias.to(tl.bfloat16)
-            of_slots += tl.dot(bits, residues(tl.arange(0, BOX), width, WINDOW, SLOTS).to(tl.bfloat16))
-            of_bias -= bits.to(tl.float32)
-        slot = window_slots_by_residue(tl.arange(0, BLOCK), TILE[1], 0, WINDOW, SLOTS)
-        for index in range(0, WINDOW * WINDOW):
-            entry = tl.program_id(0).to(tl.int64) * (WINDOW * WINDOW) + WINDOW * WINDOW - 1 - index
-            tl.store(partial + entry, tl.sum(tl.sum(tl.where(slot == index, of_slots, 0.0), 1), 0))
+        store_sums_by_slot(partial, of_bias, TILE, BOX, WINDOW, SLOTS)

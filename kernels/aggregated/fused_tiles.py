@@ -102,6 +102,36 @@ def max_rows(left, right):
 
 
 @triton.jit
+def store_windows(
+    windows, values, position, head, valid, DTYPE: tl.constexpr,
+    TILE: tl.constexpr, BOX: tl.constexpr, WINDOW: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write values of a tile and its box, zeros outside of windows, rounded to DTYPE, to a tensor of windows."""
+    slots = residues(tl.arange(0, BOX), TILE[1] + WINDOW - 1, WINDOW, SLOTS).to(DTYPE)
+    pointers, mask = window_pointers(windows, position, head, valid, TILE[1], 0, WINDOW, SLOTS)
+    of_window = multiply(values, slots, PRECISION)
+    tl.store(pointers, of_window.to(windows.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_sums_by_slot(
+    partial, values, TILE: tl.constexpr, BOX: tl.constexpr, WINDOW: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Write the sums over the pairs of a tile of keys and its box of queries that are the same slot of a window."""
+    width: tl.constexpr = TILE[1] + WINDOW - 1
+    token = tl.arange(0, TILE[0] * TILE[1])
+    of_slots = tl.zeros([TILE[0] * TILE[1], SLOTS], tl.float32)
+    for _ in tl.static_range(3):  # of 8 bits each, which make a float32
+        bits = values.to(tl.bfloat16)
+        of_slots += tl.dot(bits, residues(tl.arange(0, BOX), width, WINDOW, SLOTS).to(tl.bfloat16))
+        values -= bits.to(tl.float32)
+    slot = window_slots_by_residue(token, TILE[1], 0, WINDOW, SLOTS)
+    for index in range(0, WINDOW * WINDOW):
+        entry = tl.program_id(0).to(tl.int64) * (WINDOW * WINDOW) + WINDOW * WINDOW - 1 - index
+        tl.store(partial + entry, tl.sum(tl.sum(tl.where(slot == index, of_slots, 0.0), 1), 0))
+
+
+@triton.jit
 def load_local_bias(bias, head, slot, visible, WINDOW: tl.constexpr):
     """In base 2, -inf where tokens do not see each other."""
     result = tl.where(visible, 0.0, float("-inf"))

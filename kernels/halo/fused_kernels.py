@@ -17,7 +17,7 @@ from ..triton_common import (
 
 
 @triton.jit
-def _program(heads, blocks, PARTS: tl.constexpr):
+def program_of_block(heads, blocks, PARTS: tl.constexpr):
     """What a program owns: head, part of a block, and block (image, row, column)."""
     rest = tl.program_id(0) // (heads * PARTS)
     block = (rest // (blocks[0] * blocks[1]), rest // blocks[1] % blocks[0], rest % blocks[1])
@@ -25,7 +25,7 @@ def _program(heads, blocks, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _tokens(slot, block, SIDE: tl.constexpr):
+def tokens_of_block(slot, block, SIDE: tl.constexpr):
     """Positions of the tokens of a block of SIDE x SIDE, and which slots hold one."""
     image, row, column = block
     return (image, row * SIDE + slot // SIDE, column * SIDE + slot % SIDE), slot < SIDE * SIDE
@@ -38,7 +38,7 @@ def _within(place, length):
 
 
 @triton.jit
-def _cells(row, column, block, size, SIDES: tl.constexpr):
+def cells_of_window(row, column, block, size, SIDES: tl.constexpr):
     """Position in the map of cells of a window, and which of them are cells of it that lie inside the map."""
     side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
     image, block_row, block_column = block
@@ -68,19 +68,19 @@ def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.const
 
 
 @triton.jit
-def _height(height, row, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+def row_logits(height, row, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
     corner = block[1] * SIDES[1] - SIDES[2]
     return _logits(height, position, head, valid, row, corner, size[0], SIDES, MASK_PADDING)
 
 
 @triton.jit
-def _width(width, column, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+def column_logits(width, column, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
     corner = block[2] * SIDES[1] - SIDES[2]
     return _logits(width, position, head, valid, column, corner, size[1], SIDES, MASK_PADDING)
 
 
 @triton.jit
-def _outer_sum(of_rows, of_columns, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def outer_sum(of_rows, of_columns, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(queries, ROWS) and (queries, COLUMNS) added for each cell of a strip, (queries, ROWS * COLUMNS)."""
     cells = of_rows[:, :, None] + of_columns[:, None, :]
     return tl.reshape(tl.broadcast_to(cells, [QUERIES, ROWS, COLUMNS]), [QUERIES, ROWS * COLUMNS])
@@ -95,7 +95,7 @@ def _load_strip(
     """Row and column in the window of the cells of a strip, and their keys and values."""
     slot = tl.arange(0, ROWS * COLUMNS)
     row, column = top + slot // COLUMNS, left + slot % COLUMNS
-    cells, inside = _cells(row, column, block, size, SIDES)
+    cells, inside = cells_of_window(row, column, block, size, SIDES)
     keys = load_map(key, cells, head, inside, HEAD_DIM, CHANNELS)
     return row, column, keys, load_map(value, cells, head, inside, VALUE_DIM, VALUE_CHANNELS)
 
@@ -113,8 +113,8 @@ def _attend_strip(
         SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
     )  # fmt: skip
     rows = top + tl.arange(0, ROWS)
-    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
-    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    of_rows = row_logits(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
+    bias = outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
     return attend(state, queries, keys, values, True, bias, scale, PRECISION)
 
 
@@ -148,13 +148,13 @@ def forward_kernel(
     ROWS: tl.constexpr = BLOCK // COLUMNS
     REST: tl.constexpr = SIDE % ROWS
     size, blocks = plan
-    head, part, block = _program(heads, blocks, PARTS)
-    position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    head, part, block = program_of_block(heads, blocks, PARTS)
+    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     state = start_softmax(QUERIES, VALUE_CHANNELS)
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        of_columns = column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
         for top in range(0, SIDE - REST, ROWS):
             state = _attend_strip(
                 state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
@@ -196,8 +196,8 @@ def _weigh_strip(
         SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
     )  # fmt: skip
     rows = top + tl.arange(0, ROWS)
-    of_rows = _height(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
-    bias = _outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
+    of_rows = row_logits(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
+    bias = outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
     weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias)
     return row, column, keys, weights, tl.dot(grads, tl.trans(values), input_precision=PRECISION)
 
@@ -220,7 +220,7 @@ def _mean_gradients(
     total = tl.zeros([QUERIES], tl.float32)
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        of_columns = column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
         for top in range(0, SIDE, ROWS):
             _, _, _, weights, of_weights = _weigh_strip(
                 queries, grads, of_softmax, key, value, height, of_columns,
@@ -258,7 +258,7 @@ def _differentiate_strip(
         of_queries += multiply(of_scores, keys, PRECISION)
     if grad_height is not None:
         sums = tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 2)
-        _add_lines(grad_height, sums, top + tl.arange(0, ROWS), position, head, valid, left > 0, side)
+        add_lines(grad_height, sums, top + tl.arange(0, ROWS), position, head, valid, left > 0, side)
     if grad_width is not None:
         of_width += tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 1)
     if window_keys is not None:
@@ -312,9 +312,9 @@ def backward_query_kernel(
     ROWS: tl.constexpr = BLOCK // COLUMNS
     REST: tl.constexpr = SIDE % ROWS
     size, blocks = plan
-    head, part, block = _program(heads, blocks, PARTS)
+    head, part, block = program_of_block(heads, blocks, PARTS)
     block = (first + block[0], block[1], block[2])
-    position, valid = _tokens(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     if FEW_KEYS:
         delta = _mean_gradients(
@@ -334,7 +334,7 @@ def backward_query_kernel(
         window_values += window * VALUE_DIM
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        of_columns = _width(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        of_columns = column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
         of_width = tl.zeros([QUERIES, COLUMNS], tl.float32)
         for top in range(0, SIDE - REST, ROWS):
             of_queries, of_width = _differentiate_strip(
@@ -353,17 +353,18 @@ def backward_query_kernel(
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
         if grad_width is not None:
-            _add_lines(grad_width, of_width, columns, position, head, valid, False, SIDE)
+            add_lines(grad_width, of_width, columns, position, head, valid, False, SIDE)
     if grad_query is not None:
         store_map(grad_query, of_queries * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
-def _add_lines(logits, values, line, position, head, valid, ADD: tl.constexpr, SIDE: tl.constexpr):
+def add_lines(logits, values, line, position, head, valid, ADD: tl.constexpr, SIDE: tl.constexpr):
     """Write, or add, gradients (queries, lines) of the relative logits of rows or columns."""
     pointers = token_pointers(logits, position, head)[:, None] + line[None, :]
     mask = valid[:, None] & (line < SIDE)[None, :]
     if ADD:
+        tl.debug_barrier()  # what is there may have been written by other threads of the program
         values += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     tl.store(pointers, values.to(logits.pointer.dtype.element_ty), mask=mask)
 
@@ -392,9 +393,9 @@ def backward_key_kernel(
     WINDOWS: shares that the gradient of a window is made of.
     """
     _, blocks = plan
-    head, part, block = _program(heads, blocks, PARTS)
+    head, part, block = program_of_block(heads, blocks, PARTS)
     slot = part * BLOCK + tl.arange(0, BLOCK)
-    position, valid = _tokens(slot, (first + block[0], block[1], block[2]), SIDES[1])
+    position, valid = tokens_of_block(slot, (first + block[0], block[1], block[2]), SIDES[1])
     if grad_key is not None:
         sums = _overlap(window_keys, slot, valid, block, head, blocks, heads, SIDES, WINDOWS, HEAD_DIM, CHANNELS)
         store_map(grad_key, sums, position, head, valid, HEAD_DIM, CHANNELS)

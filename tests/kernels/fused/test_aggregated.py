@@ -1,5 +1,6 @@
 """Fused aggregated attention: outputs and every gradient against the definition."""
 
+import random
 from dataclasses import replace
 from functools import partial
 
@@ -81,6 +82,29 @@ def test_many_random_cases(case: Case) -> None:
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 40, 48, 64, 80, 128, 160])
 def test_head_dimensions(head_dim: int, dtype: torch.dtype) -> None:
     check(Case(map=(5, 9), pooled=5, batch=1, heads=1, head_dim=head_dim, dtype=dtype))
+
+
+WIDE = [
+    Case(map=(5, 9), pooled=33, batch=1, heads=1, head_dim=80),  # two tiles, two blocks of pooled keys
+    Case(map=(3, 4), window=5, batch=2, heads=1, head_dim=65, extra=False, scale=None),
+    Case(map=(1, 3), pooled=1, bias_dtype=None, batch=1, heads=1, head_dim=128),
+]
+"""Heads of which slices are read."""
+
+
+def draw_wide(generator: random.Random) -> Case:
+    return replace(draw(generator), head_dim=generator.choice([65, 80, 96, 128, 160]), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=describe)
+def test_wide_heads(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sweep(draw_wide, 100, seed=4))
+def test_many_wide_heads(case: Case) -> None:
+    check(case)
 
 
 CHOICES = [(name,) for name in TENSORS] + [TENSORS[:3], TENSORS[3:5], TENSORS[5:], TENSORS[1:7:2]]

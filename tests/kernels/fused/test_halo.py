@@ -1,5 +1,6 @@
 """Fused halo attention: outputs and every gradient against the definition."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,31 @@ FOUR_KEYS = [
 def test_few_keys(case: Case, dtype: torch.dtype) -> None:
     """The gradient of the largest score is a small difference, in which the rounding of the output would show."""
     check(replace(case, dtype=dtype))
+
+
+WIDE = [
+    Case((1, 2), 8, 5, batch=1, heads=1, head_dim=72, value_dim=8),  # two parts of queries, two groups of columns
+    Case((2, 1), 4, 2, batch=2, heads=1, head_dim=8, value_dim=65, stride=2),
+    Case((1, 1), 2, 1, batch=1, heads=1, head_dim=160, value_dim=160, mask_padding=True, scale=1.0),  # few keys
+    Case((2, 2), 3, 1, batch=1, heads=1, head_dim=128, value_dim=40, relative="none", layout="packed"),
+]
+"""Heads of which slices are read."""
+
+
+def draw_wide(generator: random.Random) -> Case:
+    wide = {name: generator.choice([16, 65, 80, 128, 160]) for name in ("head_dim", "value_dim")}
+    return replace(draw(generator), **wide, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=identify)
+def test_wide_heads(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sweep(draw_wide, 60, seed=9))
+def test_many_wide_heads(case: Case) -> None:
+    check(several_keys(case))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
