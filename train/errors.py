@@ -2,12 +2,15 @@
 
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 USAGE_EXIT_CODE = 2
 STOPPED_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
+# As of a program that SIGPIPE ends, which Python ignores.
+UNREAD_EXIT_CODE = 141
 # EX_TEMPFAIL of sysexits.h: try again later.
 PAUSED_EXIT_CODE = 75
 
@@ -48,10 +51,12 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
     Returns:
         What the command returned; 2 for a :class:`UserError`; 1 for a :class:`RunStopped`; 75 for a
-        :class:`RunPaused`; 130 for Ctrl-C.
+        :class:`RunPaused`; 130 for Ctrl-C; 141 where the reader of the output is gone, as of ``| head``.
     """
     try:
-        return command(argv)
+        exit_code = command(argv)
+        sys.stdout.flush()
+        return exit_code
     except (UserError, RunStopped) as error:
         if "--debug" in argv:
             raise
@@ -63,6 +68,21 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
+    except BrokenPipeError:
+        if not _is_unread():  # the pipe of a worker, which is a fault
+            raise
+        return UNREAD_EXIT_CODE
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads what is printed any more; if so, what Python still holds of it is thrown away."""
+    stdout = sys.stdout.fileno()
+    watch = select.poll()
+    watch.register(stdout, 0)
+    if not watch.poll(0):  # else an error or a hang-up, which are reported unasked
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def _one_line(error: Exception) -> str:
