@@ -81,7 +81,7 @@ def test_few_keys(case: Case, dtype: torch.dtype) -> None:
 
 
 WIDE = [
-    Case((1, 2), 8, 5, batch=1, heads=1, head_dim=72, value_dim=8),  # two parts of queries, two groups of columns
+    Case((1, 1), 8, 5, batch=1, heads=1, head_dim=72, value_dim=8),  # two parts of queries, two groups of columns
     Case((2, 1), 4, 2, batch=2, heads=1, head_dim=8, value_dim=65, stride=2),
     Case((1, 1), 2, 1, batch=1, heads=1, head_dim=160, value_dim=160, mask_padding=True, scale=1.0),  # few keys
     Case((2, 2), 3, 1, batch=1, heads=1, head_dim=128, value_dim=40, relative="none", layout="packed"),
