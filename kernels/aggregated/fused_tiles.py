@@ -106,7 +106,11 @@ def store_windows(
     windows, values, position, head, valid, DTYPE: tl.constexpr,
     TILE: tl.constexpr, BOX: tl.constexpr, WINDOW: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write values of a tile and its box, zeros outside of windows, rounded to DTYPE, to a tensor of windows."""
+    """Write values, rounded to DTYPE, to a tensor of windows (batch, height, width, heads, WINDOW**2).
+
+    Args:
+        values: (tokens of a tile, tokens of its box), zeros outside the windows.
+    """
     slots = residues(tl.arange(0, BOX), TILE[1] + WINDOW - 1, WINDOW, SLOTS).to(DTYPE)
     pointers, mask = window_pointers(windows, position, head, valid, TILE[1], 0, WINDOW, SLOTS)
     of_window = multiply(values, slots, PRECISION)

@@ -105,7 +105,7 @@ def _weigh_cells(
     position, cells, seen, head, tokens, token, valid, pooled, scale,
     CELLS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weights of pooled tokens, and their gradients."""
+    """Softmax weights of queries and pooled tokens, and their gradients, (queries, pooled tokens) each."""
     scores = _score_cells(
         query, pooled_key, pooled_bias, position, cells, seen, head, tokens, token, valid, pooled, scale,
         CELLS, HEAD_DIM, PRECISION,
