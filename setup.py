@@ -36,7 +36,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
-        "timm>=1.0.31,<2",
+        "timm>=1.0.31,<1.1",
         "safetensors>=0.4",
         "tyro>=0.9",
         "rich>=13",

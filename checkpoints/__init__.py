@@ -6,10 +6,12 @@ unpickled beyond tensors (``weights_only=True``).
 
 from .convert import convert, rename_keys
 from .files import load, save, save_model, write_atomically
+from .keys import Layout
 from .released import RELEASED, ReleasedWeights
 
 __all__ = [
     "RELEASED",
+    "Layout",
     "ReleasedWeights",
     "convert",
     "load",

@@ -1,10 +1,8 @@
 """From a released layout to ours: rename by the family's key map, then hold the result against the model."""
 
-import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from timm.models import is_model, model_entrypoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import unwrap
 from .keys import Layout
@@ -12,21 +10,20 @@ from .keys import Layout
 _PACKAGE = __package__.rpartition(".")[0]
 
 
-def rename_keys(family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict of any layout that the family's key map knows; ours comes back unchanged.
+def rename_keys(layouts: Sequence[Layout], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict of one of these layouts; one of none of them, such as ours, comes back unchanged.
 
     Args:
-        family: name of the family's key map, which is the name of its file in the zoo (``nat``, ``davit``).
+        layouts: foreign layouts of a family, its ``LAYOUTS`` in :mod:`vicinal.checkpoints.keys`.
         state_dict: tensors by name, in any order, with or without a classifier.
     """
-    layout = find_layout(family, state_dict)
+    layout = find_layout(layouts, state_dict)
     return dict(state_dict) if layout is None else layout.rename(state_dict)
 
 
-def find_layout(family: str, keys: Iterable[str]) -> Layout | None:
-    """The foreign layout of the family that has these keys; None where they are of none that its key map knows."""
-    key_map = importlib.import_module(f".keys.{family}", __package__)
-    return next((layout for layout in key_map.LAYOUTS if layout.matches(keys)), None)
+def find_layout(layouts: Sequence[Layout], keys: Collection[str]) -> Layout | None:
+    """The first of the layouts that has these keys, or None."""
+    return next((layout for layout in layouts if layout.matches(keys)), None)
 
 
 def convert(name: str, state_dict: Mapping[str, object], **model_args: object) -> dict[str, Tensor]:
@@ -44,34 +41,30 @@ def convert(name: str, state_dict: Mapping[str, object], **model_args: object) -
     Raises:
         ValueError: unknown name; or one report of every key that is missing, left over, or of another shape.
     """
-    family = _family_of(name)
-    renamed = rename_keys(family, unwrap(state_dict))
-    expected = _expected_shapes(name, renamed, model_args)
+    model = _build_on_meta(name, model_args)
+    renamed = rename_keys(model.layouts, unwrap(state_dict))
+    classifier = renamed.get(f"{model.pretrained_cfg['classifier']}.weight")
+    if classifier is not None and "num_classes" not in model_args:
+        model = _build_on_meta(name, {"num_classes": len(classifier), **model_args})
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     problems = _compare({key: tuple(value.shape) for key, value in renamed.items()}, expected)
     if problems:
         raise ValueError(f"{name}: the state dict does not fit:\n" + "\n".join(problems))
     return renamed
 
 
-def _family_of(name: str) -> str:
+def _build_on_meta(name: str, model_args: Mapping[str, object]) -> nn.Module:
+    """The named model of ours without memory for its weights."""
+    from timm import create_model
+    from timm.models import is_model
+
     if not is_model(name):
         raise ValueError(f"unknown model {name!r}: import {_PACKAGE}.zoo first, then see timm.list_models()")
-    module = model_entrypoint(name).__module__
-    if not module.startswith(f"{_PACKAGE}.zoo."):
-        raise ValueError(f"{name!r} is timm's own model; ours is {name}_vicinal or has another name")
-    return module.rpartition(".")[2]
-
-
-def _expected_shapes(name: str, renamed: Mapping[str, Tensor], model_args: dict) -> dict[str, tuple[int, ...]]:
-    from timm import create_model
-    from timm.models import get_pretrained_cfg
-
-    classifier = get_pretrained_cfg(name).classifier
-    weight = renamed.get(f"{classifier}.weight")
-    if weight is not None:
-        model_args = {"num_classes": len(weight), **model_args}
     model = create_model(name, device="meta", **model_args)
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if not hasattr(model, "layouts"):
+        ours = f"is {name}_vicinal" if is_model(f"{name}_vicinal") else "has another name"
+        raise ValueError(f"{name!r} is timm's own model; ours {ours}")
+    return model
 
 
 def _compare(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:

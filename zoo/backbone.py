@@ -6,7 +6,7 @@ after ``to_empty`` and loading of every layout that :mod:`vicinal.checkpoints` k
 """
 
 from collections.abc import Sequence
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, ClassVar, List, Optional, Tuple, Union
 
 import torch
 from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead, get_device_dtype, trunc_normal_
@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from ..checkpoints import rename_keys
+from ..checkpoints import Layout, rename_keys
 from ..checkpoints.files import unwrap
 
 Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
@@ -58,10 +58,13 @@ class Backbone(nn.Module):
         num_features: channels behind ``norm``, where that changes them.
 
     Attributes:
+        layouts: foreign layouts of state dicts that the family loads, from its key map; a subclass inherits them.
         feature_info: one entry a stage, for timm's feature extraction.
         num_features: channels of ``forward_features``.
         head_hidden_size: channels that enter the classifier.
     """
+
+    layouts: ClassVar[tuple[Layout, ...]] = ()
 
     def __init__(
         self,
@@ -246,8 +249,8 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-        """A state dict of any layout that the family's key map knows, as this network takes it."""
-        return rename_keys(type(self).__module__.rpartition(".")[2], unwrap(state_dict))
+        """A state dict of any layout of :attr:`layouts`, as this network takes it."""
+        return rename_keys(self.layouts, unwrap(state_dict))
 
 
 def check_per_stage(**options: Sequence[Any]) -> None:

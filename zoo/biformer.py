@@ -13,6 +13,8 @@ import torch
 from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
+from ..checkpoints.keys.biformer import LAYOUTS
+from ..checkpoints.released.biformer import RELEASED
 from ..kernels import routed_attention_packed
 from ..kernels.routed import aggregate, as_list, in_form_of, routed_attention_weights
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
@@ -205,6 +207,8 @@ class BiFormer(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    layouts = LAYOUTS
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -305,6 +309,6 @@ VARIANTS = {
     "biformer_stl_nchw": _swin_tiny(pad_projected=True),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, license="mit")
+default_cfgs = default_cfgs_of(VARIANTS, RELEASED, license="mit")
 
 register_variants(__name__, VARIANTS, partial(build_backbone, BiFormer))

@@ -22,6 +22,8 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints.keys.convit import LAYOUTS
+from ..checkpoints.released.convit import RELEASED
 from ..kernels import gated_positional_attention
 from ..kernels.gated import aggregate, gated_positional_attention_weights
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
@@ -262,6 +264,8 @@ class ConViT(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    layouts = LAYOUTS
+
     num_prefix_tokens = 1
 
     def __init__(
@@ -350,14 +354,14 @@ def _variant(num_heads: int, head_dim: int = 48, args: Optional[dict] = None, **
 
 
 VARIANTS = {
-    "convit_pico": _variant(
+    "convit_pico_vicinal": _variant(
         4, 32, {"depth": 6, "local_depth": 4, "img_size": 64}, input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0
     ),
-    "convit_tiny": _variant(4),
-    "convit_small": _variant(9),
-    "convit_base": _variant(16),
+    "convit_tiny_vicinal": _variant(4),
+    "convit_small_vicinal": _variant(9),
+    "convit_base_vicinal": _variant(16),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv", pool_size=(14, 14))
+default_cfgs = default_cfgs_of(VARIANTS, RELEASED, first_conv="stem.conv", pool_size=(14, 14))
 
 register_variants(__name__, VARIANTS, partial(build_backbone, ConViT, feature_levels=3))

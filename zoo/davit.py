@@ -10,6 +10,8 @@ from functools import partial
 from timm.layers import ClNormMlpClassifierHead, LayerNorm, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from ..checkpoints.keys.davit import LAYOUTS
+from ..checkpoints.released.davit import RELEASED
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.attention import WindowAttention
 from .blocks.embed import ConvEmbed
@@ -65,6 +67,8 @@ class DaViT(Backbone):
         attn_drop_rate: dropout on the weights of spatial attention.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
+
+    layouts = LAYOUTS
 
     def __init__(
         self,
@@ -142,18 +146,20 @@ def _variant(embed_dims: Sequence[int], depths: Sequence[int], window_size: int 
 
 
 VARIANTS = {
-    "davit_pico": _variant((32, 64, 96, 160), (1, 1, 1, 1), 4, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
-    "davit_tiny": _variant((96, 192, 384, 768), (1, 1, 3, 1)),
-    "davit_small": _variant((96, 192, 384, 768), (1, 1, 9, 1)),
-    "davit_base": _variant((128, 256, 512, 1024), (1, 1, 9, 1)),
-    "davit_large": _variant((192, 384, 768, 1536), (1, 1, 9, 1)),
-    "davit_large_window12_384": _variant(
+    "davit_pico_vicinal": _variant(
+        (32, 64, 96, 160), (1, 1, 1, 1), 4, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0
+    ),
+    "davit_tiny_vicinal": _variant((96, 192, 384, 768), (1, 1, 3, 1)),
+    "davit_small_vicinal": _variant((96, 192, 384, 768), (1, 1, 9, 1)),
+    "davit_base_vicinal": _variant((128, 256, 512, 1024), (1, 1, 9, 1)),
+    "davit_large_vicinal": _variant((192, 384, 768, 1536), (1, 1, 9, 1)),
+    "davit_large_window12_384_vicinal": _variant(
         (192, 384, 768, 1536), (1, 1, 9, 1), 12, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0
     ),
-    "davit_huge": _variant((256, 512, 1024, 2048), (1, 1, 9, 1)),
-    "davit_giant": _variant((384, 768, 1536, 3072), (1, 1, 12, 3)),
+    "davit_huge_vicinal": _variant((256, 512, 1024, 2048), (1, 1, 9, 1)),
+    "davit_giant_vicinal": _variant((384, 768, 1536, 3072), (1, 1, 12, 3)),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv", crop_pct=0.9)
+default_cfgs = default_cfgs_of(VARIANTS, RELEASED, first_conv="stem.conv", crop_pct=0.9)
 
 register_variants(__name__, VARIANTS, partial(build_backbone, DaViT))

@@ -29,6 +29,8 @@ from timm.models.byobnet import (
 )
 from torch import Tensor, nn
 
+from ..checkpoints.keys.halonet import LAYOUTS
+from ..checkpoints.released.halonet import RELEASED
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
 from .blocks.bottleneck import BottleneckAttention, LambdaAttention, resize_relative_table
 from .blocks.halo import HaloAttention
@@ -63,6 +65,8 @@ class HaloNet(Backbone):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
+
+    layouts = LAYOUTS
 
     def __init__(
         self,
@@ -224,24 +228,24 @@ VARIANTS = {
     "lamhalobotnet_pico": Variant(
         {"cfg": _HYBRID_PICO, "img_size": 64}, {"input_size": (3, 64, 64), "pool_size": (2, 2), "crop_pct": 1.0}
     ),
-    "halonet26t": _timm("halonet26t", crop_pct=0.95),
-    "halonet50ts": _timm("halonet50ts"),
-    "sehalonet33ts": _timm("sehalonet33ts"),
-    "eca_halonext26ts": _timm("eca_halonext26ts"),
-    "haloregnetz_b": _timm("haloregnetz_b", 224, mean=_HALF, std=_HALF, first_conv="stem.conv"),
-    "halonet_h1": _timm("halonet_h1", crop_pct=0.95),
-    "halo2botnet50ts_256": _timm("halo2botnet50ts_256", crop_pct=0.95),
-    "lamhalobotnet50ts_256": _timm("lamhalobotnet50ts_256", crop_pct=0.95),
-    "halonet_h0": _paper(8, 3, 1, 0.5, 7, 256),
+    "halonet26t_vicinal": _timm("halonet26t", crop_pct=0.95),
+    "halonet50ts_vicinal": _timm("halonet50ts"),
+    "sehalonet33ts_vicinal": _timm("sehalonet33ts"),
+    "eca_halonext26ts_vicinal": _timm("eca_halonext26ts"),
+    "haloregnetz_b_vicinal": _timm("haloregnetz_b", 224, mean=_HALF, std=_HALF, first_conv="stem.conv"),
+    "halonet_h1_vicinal": _timm("halonet_h1", crop_pct=0.95),
+    "halo2botnet50ts_256_vicinal": _timm("halo2botnet50ts_256", crop_pct=0.95),
+    "lamhalobotnet50ts_256_vicinal": _timm("lamhalobotnet50ts_256", crop_pct=0.95),
+    "halonet_h0_paper": _paper(8, 3, 1, 0.5, 7, 256),
     "halonet_h1_paper": _paper(8, 3, 1, 1, 10, 256),
-    "halonet_h2": _paper(8, 3, 1, 1.25, 11, 256),
-    "halonet_h3": _paper(10, 3, 1, 1.5, 12, 320, 1024),
-    "halonet_h4": _paper(12, 2, 1, 3, 12, 384, 1280),
-    "halonet_h5": _paper(14, 2, 2.5, 2, 23, 448, 1536),
-    "halonet_h6": _paper(8, 4, 3, 2.75, 24, 512, 1536),
-    "halonet_h7": _paper(10, 3, 4, 3.5, 26, 600, 2048),
+    "halonet_h2_paper": _paper(8, 3, 1, 1.25, 11, 256),
+    "halonet_h3_paper": _paper(10, 3, 1, 1.5, 12, 320, 1024),
+    "halonet_h4_paper": _paper(12, 2, 1, 3, 12, 384, 1280),
+    "halonet_h5_paper": _paper(14, 2, 2.5, 2, 23, 448, 1536),
+    "halonet_h6_paper": _paper(8, 4, 3, 2.75, 24, 512, 1536),
+    "halonet_h7_paper": _paper(10, 3, 4, 3.5, 26, 600, 2048),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv1.conv")
+default_cfgs = default_cfgs_of(VARIANTS, RELEASED, first_conv="stem.conv1.conv")
 
 register_variants(__name__, VARIANTS, partial(build_backbone, HaloNet))

@@ -20,6 +20,8 @@ from timm.layers import (
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from ..checkpoints.keys.litv2 import LAYOUTS
+from ..checkpoints.released.litv2 import RELEASED
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import GELU
 from .blocks.attention import WindowAttention, attend_with_bias
@@ -242,6 +244,8 @@ class LITv2(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    layouts = LAYOUTS
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -310,6 +314,6 @@ VARIANTS = {
     "litv2_base": _variant(128, (2, 2, 18, 2)),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv")
+default_cfgs = default_cfgs_of(VARIANTS, RELEASED, first_conv="stem.conv")
 
 register_variants(__name__, VARIANTS, partial(build_backbone, LITv2))

@@ -23,6 +23,8 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints.keys.maxvit import LAYOUTS
+from ..checkpoints.released.maxvit import RELEASED
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import GELUTanh
 from .blocks.attention import WindowAttention
@@ -121,6 +123,8 @@ class MaxViT(Backbone):
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
+
+    layouts = LAYOUTS
 
     def __init__(
         self,
@@ -254,7 +258,7 @@ VARIANTS = {
     "maxvit_xlarge": _variant(192, (2, 6, 14, 2), 192),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv1", crop_pct=0.95)
+default_cfgs = default_cfgs_of(VARIANTS, RELEASED, first_conv="stem.conv1", crop_pct=0.95)
 
 
 def _build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

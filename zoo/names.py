@@ -1,19 +1,20 @@
-"""Names: how a variant is called in timm's registry, which weights it has, and its registration."""
+"""Registration of a family's table with timm: entry points, pretrained configurations, released weights.
+
+The registered names stand literally in each family's table. A name that timm owns, or that belongs to a family of
+timm's, ends in ``_vicinal`` there: registering timm's own name would delete the weights that timm lists for it.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, is_model, model_entrypoint, register_model
 from torch import nn
 
-from ..checkpoints import RELEASED
-
-_PACKAGE = __package__.partition(".")[0]
-# Families that timm has as a whole: a size that timm lacks today may be timm's tomorrow.
-_TIMM_FAMILIES = ("davit_", "convit_", "shvit_")
+from ..checkpoints import ReleasedWeights
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,27 @@ class Variant:
     cfg: Mapping[str, Any] = field(default_factory=dict)
 
 
-def registered_name(name: str) -> str:
-    """The name that a variant is registered under: its own, with ``_vicinal`` where timm has the name or the family.
+def default_cfgs_of(
+    variants: Mapping[str, Variant], released: Mapping[str, ReleasedWeights] = MappingProxyType({}), **family_cfg: Any
+) -> dict:
+    """timm's ``default_cfgs`` of a family: every variant, with each of its released weights as a tag.
 
-    Registering a name of timm's would delete the pretrained weights that timm lists for it.
+    Args:
+        variants: the family's table, by registered name.
+        released: the family's released weights by ``name.tag``.
+        **family_cfg: entries of timm's pretrained configuration that hold for the whole family.
+
+    Raises:
+        ValueError: released weights of a name that is not in the table.
     """
-    taken_by_timm = is_model(name) and not _is_ours(name)
-    return f"{name}_vicinal" if taken_by_timm or name.startswith(_TIMM_FAMILIES) else name
-
-
-def default_cfgs_of(variants: Mapping[str, Variant], **family_cfg: Any) -> dict:
-    """timm's ``default_cfgs`` of a family: every variant, with each of its released weights as a tag."""
+    foreign = [key for key in released if key.split(".")[0] not in variants]
+    if foreign:
+        raise ValueError(f"released weights {foreign} are of no variant of the table: {list(variants)}")
     return generate_default_cfgs(
         {
             key: _base_cfg(**{**family_cfg, **variant.cfg, **weights})
             for name, variant in variants.items()
-            for key, weights in _tagged_weights(registered_name(name))
+            for key, weights in _tagged_weights(name, released)
         }
     )
 
@@ -56,21 +62,25 @@ def register_variants(
 
     Args:
         module: ``__name__`` of the family's module, which holds ``default_cfgs``.
-        variants: the family's table.
+        variants: the family's table, by registered name.
         build: called with ``(registered name, pretrained, **model_args)``.
 
     Returns:
         The entry points by registered name.
 
     Raises:
-        ValueError: a name that somebody else registered.
+        ValueError: a name that another module registered, with what to do; none of the table is registered then.
     """
-    entry_points = {}
-    for name, variant in variants.items():
-        public_name = registered_name(name)
-        if is_model(public_name) and not _is_ours(public_name):
-            raise ValueError(f"{public_name!r} is registered by {model_entrypoint(public_name).__module__}")
-        entry_points[public_name] = register_model(_entry_point(module, public_name, variant, build))
+    for name in variants:
+        if is_model(name) and model_entrypoint(name).__module__ != module:
+            raise ValueError(
+                f"{name!r} of {module} is registered already, by {model_entrypoint(name).__module__}: install the timm "
+                f"that this version was tested with (pip install 'timm<1.1'), or give the variant another name in "
+                f"{module}, such as {name}_vicinal"
+            )
+    entry_points = {
+        name: register_model(_entry_point(module, name, variant, build)) for name, variant in variants.items()
+    }
     vars(sys.modules[module]).update(entry_points)
     return entry_points
 
@@ -84,10 +94,6 @@ def _entry_point(module: str, name: str, variant: Variant, build: Callable[..., 
     entry_point.__module__ = module
     entry_point.__doc__ = f"``{name}``: {dict(variant.model_args)}"
     return entry_point
-
-
-def _is_ours(name: str) -> bool:
-    return model_entrypoint(name).__module__.startswith(f"{_PACKAGE}.")
 
 
 def _base_cfg(**overrides: Any) -> dict[str, Any]:
@@ -105,10 +111,10 @@ def _base_cfg(**overrides: Any) -> dict[str, Any]:
     }
 
 
-def _tagged_weights(public_name: str) -> list[tuple[str, dict[str, Any]]]:
-    released = {key: weights for key, weights in RELEASED.items() if key.split(".")[0] == public_name}
+def _tagged_weights(name: str, released: Mapping[str, ReleasedWeights]) -> list[tuple[str, dict[str, Any]]]:
+    released = {key: weights for key, weights in released.items() if key.split(".")[0] == name}
     if not released:
-        return [(f"{public_name}.untrained", {})]
+        return [(f"{name}.untrained", {})]
     return [
         (
             key,

@@ -18,6 +18,8 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
+from ..checkpoints.keys.nat import LAYOUTS
+from ..checkpoints.released.nat import RELEASED
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.attention import GlobalAttention, NeighborhoodAttention
 from .blocks.embed import ConvEmbed, PatchMerging
@@ -45,6 +47,8 @@ class NeighborhoodTransformer(Backbone):
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
+
+    layouts = LAYOUTS
 
     def __init__(
         self,
@@ -130,6 +134,8 @@ class IsotropicNeighborhoodTransformer(Backbone):
         mlp_ratio: hidden width of the MLP as a multiple of its input.
         drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: see :class:`NeighborhoodTransformer`.
     """
+
+    layouts = LAYOUTS
 
     def __init__(
         self,
@@ -262,7 +268,7 @@ ISOTROPIC = {
     "vitrpb_base": _isotropic(768, kernel_size=None),
 }
 
-default_cfgs = default_cfgs_of({**PYRAMIDS, **ISOTROPIC}, license="mit")
+default_cfgs = default_cfgs_of({**PYRAMIDS, **ISOTROPIC}, RELEASED, license="mit")
 
 
 def _build_pyramid(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -17,6 +17,8 @@ from timm.models import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..checkpoints.keys.shvit import LAYOUTS
+from ..checkpoints.released.shvit import RELEASED
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .names import Variant, default_cfgs_of, register_variants
 
@@ -204,6 +206,8 @@ class SHViT(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    layouts = LAYOUTS
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -293,15 +297,17 @@ def _variant(embed_dims: Sequence[int], depths: Sequence[int], partial_dims: Seq
 
 
 VARIANTS = {
-    "shvit_pico": _variant(
+    "shvit_pico_vicinal": _variant(
         (64, 96, 128), (1, 2, 2), (0, 24, 32), input_size=(3, 64, 64), pool_size=(1, 1), crop_pct=1.0
     ),
-    "shvit_s1": _variant((128, 224, 320), (2, 4, 5), (0, 48, 68)),
-    "shvit_s2": _variant((128, 308, 448), (2, 4, 5), (0, 66, 96)),
-    "shvit_s3": _variant((192, 352, 448), (3, 5, 5), (0, 75, 96)),
-    "shvit_s4": _variant((224, 336, 448), (4, 7, 6), (0, 72, 96), input_size=(3, 256, 256)),
+    "shvit_s1_vicinal": _variant((128, 224, 320), (2, 4, 5), (0, 48, 68)),
+    "shvit_s2_vicinal": _variant((128, 308, 448), (2, 4, 5), (0, 66, 96)),
+    "shvit_s3_vicinal": _variant((192, 352, 448), (3, 5, 5), (0, 75, 96)),
+    "shvit_s4_vicinal": _variant((224, 336, 448), (4, 7, 6), (0, 72, 96), input_size=(3, 256, 256)),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.0.c", classifier="head.fc.l", pool_size=(4, 4), license="mit")
+default_cfgs = default_cfgs_of(
+    VARIANTS, RELEASED, first_conv="stem.0.c", classifier="head.fc.l", pool_size=(4, 4), license="mit"
+)
 
 register_variants(__name__, VARIANTS, partial(build_backbone, SHViT, feature_levels=3))

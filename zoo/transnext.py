@@ -21,6 +21,8 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints.keys.transnext import LAYOUTS
+from ..checkpoints.released.transnext import RELEASED
 from ..kernels import aggregated_attention
 from ..kernels.aggregated import aggregate, aggregated_attention_weights
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
@@ -288,6 +290,8 @@ class TransNeXt(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    layouts = LAYOUTS
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -386,6 +390,6 @@ VARIANTS = {
     "transnext_base": _variant(96, (5, 5, 23, 5)),
 }
 
-default_cfgs = default_cfgs_of(VARIANTS, first_conv="stem.conv")
+default_cfgs = default_cfgs_of(VARIANTS, RELEASED, first_conv="stem.conv")
 
 register_variants(__name__, VARIANTS, partial(build_backbone, TransNeXt))

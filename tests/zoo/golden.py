@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
-from vicinal.zoo.names import registered_name
+import vicinal.zoo  # noqa: F401
 
 FOLDER = Path(__file__).parent.parent / "golden"
 # What a network is built with where a recorded input needs one of other parameters.
@@ -55,7 +56,9 @@ class Golden:
         self.variant = path.stem.removesuffix("_timm_shapes").removesuffix("_tf_224")
         self.data = json.loads(path.read_text())
         name, _, alpha = self.variant.partition("_alpha")
-        self.name = registered_name(name.lower())
+        # timm owns the names of some variants; ours have the suffix
+        ours = model_entrypoint(name.lower()).__module__.startswith("vicinal.") if is_model(name.lower()) else False
+        self.name = name.lower() if ours else f"{name.lower()}_vicinal"
         self.model_args = {"alpha": float(alpha)} if alpha else {}
         self.shapes = {key: tuple(shape) for key, shape, *_ in self.data["keys"]}
         self.dtypes = {key: dtype for key, _, dtype, *_ in self.data["keys"]}

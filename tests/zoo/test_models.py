@@ -24,7 +24,7 @@ SMALLEST = [
     "litv2_small",
     "convit_tiny_vicinal",
     "halonet26t_vicinal",
-    "halonet_h0",
+    "halonet_h0_paper",
 ]
 SIZES = [(224, 224), (320, 256), (233, 271), (512, 384)]
 names = pytest.mark.parametrize("name", NAMES)

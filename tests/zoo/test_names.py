@@ -2,25 +2,34 @@
 
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import timm
 from timm.models import get_pretrained_cfg, model_entrypoint
 
 import vicinal.zoo
-from vicinal.checkpoints import RELEASED
-from vicinal.zoo import names
-from vicinal.zoo.names import Variant, register_variants, registered_name
+from vicinal.checkpoints import RELEASED, ReleasedWeights
+from vicinal.zoo.names import Variant, default_cfgs_of, register_variants
 
 
-def test_names_that_timm_owns_get_a_suffix():
-    assert registered_name("davit_tiny") == "davit_tiny_vicinal"
-    assert registered_name("davit_not_in_timm_yet") == "davit_not_in_timm_yet_vicinal"
-    assert registered_name("resnet50") == "resnet50_vicinal"
+def test_names_stand_literally_in_the_tables_of_the_families():
+    ours = [name for name in timm.list_models() if is_ours(name)]
+    source = "".join(path.read_text() for path in Path(vicinal.zoo.__file__).parent.glob("*.py"))
+    assert [name for name in ours if f'"{name}"' not in source] == []
 
 
-def test_our_own_names_keep_their_form_when_asked_again():
-    assert registered_name("nat_mini") == "nat_mini"
+def test_a_name_is_what_the_table_says_whatever_timm_registers(monkeypatch: pytest.MonkeyPatch):
+    module = types.ModuleType("somewhere.else")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    table = {"nat_brand_new": Variant({}), "nat_mini": Variant({})}
+    with pytest.raises(
+        ValueError, match=r"'nat_mini' of somewhere\.else is registered already, by vicinal\.zoo\.nat: inst"
+    ):
+        register_variants(module.__name__, table, lambda *_: None)
+    assert not timm.is_model("nat_brand_new")
+    assert model_entrypoint("nat_mini").__module__ == "vicinal.zoo.nat"
 
 
 def test_timms_own_models_are_untouched_by_the_import():
@@ -41,11 +50,17 @@ def is_ours(name: str) -> bool:
     return model_entrypoint(name).__module__.startswith("vicinal.")
 
 
-def test_somebody_elses_name_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(names, "registered_name", lambda name: name)
-    with pytest.raises(ValueError, match=r"'resnet50' is registered by timm\.models\.resnet"):
+def test_a_name_of_timms_is_refused_with_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"'resnet50' .* by timm\.models\.resnet: .*timm<1\.1.*such as resnet50_vicinal"
+    ):
         register_variants("vicinal.zoo.nat", {"resnet50": Variant({})}, lambda *_: None)
     assert model_entrypoint("resnet50").__module__ == "timm.models.resnet"
+
+
+def test_released_weights_of_no_variant_are_refused():
+    with pytest.raises(ValueError, match=r"released weights \['nat_huge.in1k'\] are of no variant"):
+        default_cfgs_of({"nat_mini": Variant({})}, {"nat_huge.in1k": ReleasedWeights()})
 
 
 @pytest.mark.parametrize("tag", sorted(RELEASED))

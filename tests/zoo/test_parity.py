@@ -85,8 +85,7 @@ def test_gradients(golden: Golden):
     expected = golden.data["grad_probe"]
     scale = golden.logits["default"].std().item() * golden.logits["default"].numel() ** 0.5
     assert loss == pytest.approx(expected["loss"], abs=1e-4 * scale)
-    family = type(model).__module__.rpartition(".")[2]
-    layout = find_layout(family, golden.shapes)
+    layout = find_layout(model.layouts, golden.shapes)
     official = {layout.rename_key(key): norm for key, norm in expected["norms"].items()}
     assert set(official) == set(norms)
     for name, norm in official.items():
