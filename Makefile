@@ -1,33 +1,41 @@
 # Each target prepares .venv by itself: a bare clone needs nothing but python3 and make.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint types format clean
 
-$(READY): setup.py constraints.txt
+$(VENV)/.demo: setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,export,detection,dev]'
+	$(PIP) -e '.[demo]'
 	touch $@
 
-demo: $(READY)
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e '.[demo,export,detection,dev]'
+	touch $@
+
+demo: $(VENV)/.demo
 	rm -rf runs/first_run
 	$(BIN)/vicinal train --config configs/first_run.yaml --output runs/first_run
 
-test: $(READY)
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal
 
-test-all: $(READY)
+test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
-lint: $(READY)
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY)
+types: $(VENV)/.dev
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache build dist runs
+	rm -rf $(VENV) .cache dist runs

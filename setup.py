@@ -1,6 +1,9 @@
 """Packaging: the repository root is the package ``vicinal`` and each room is a subpackage of it."""
 
+import atexit
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -19,6 +22,13 @@ def list_packages() -> list[str]:
     return ["vicinal", *(f"vicinal.{name}" for name in found)]
 
 
+def make_build_folder() -> str:
+    """A folder outside the clone: ``pip install .`` builds in place and would leave build/ behind."""
+    folder = tempfile.mkdtemp(prefix="vicinal-build-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 setup(
     name="vicinal",
     version=read_version(),
@@ -28,10 +38,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    zip_safe=False,
     package_dir={"vicinal": "."},
     packages=list_packages(),
     py_modules=[],
-    package_data={"vicinal.configs": ["*.yaml", "*/*.yaml", "*/*.sbatch", "*/*.py", "*/*/*.py"]},
+    package_data={"vicinal": ["py.typed"], "vicinal.configs": ["*.yaml", "*/*.yaml", "*/*.sbatch", "*/*.py", "*/*/*.py"]},
+    options={"build": {"build_base": make_build_folder()}},
     exclude_package_data={"vicinal": ["setup.py"]},
     install_requires=[
         "torch>=2.8",
@@ -41,7 +53,6 @@ setup(
         "tyro>=0.9",
         "rich>=13",
         "PyYAML>=6",
-        "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
         "data": ["datasets>=3"],
@@ -54,7 +65,19 @@ setup(
             "onedl-mmdetection>=3.5.1,<3.6",
             "onedl-mmsegmentation>=1.4.2,<1.5",
         ],
-        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "expecttest", "ruff", "build", "wheel", "datasets>=3"],
+        "dev": [
+            "build",
+            "datasets>=3",
+            "expecttest",
+            "mypy",
+            "pre-commit",
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "types-PyYAML",
+            "wheel",
+        ],
     },
     entry_points={"console_scripts": ["vicinal = vicinal.__main__:main"]},
     classifiers=[
