@@ -42,7 +42,10 @@ setup(
     package_dir={"vicinal": "."},
     packages=list_packages(),
     py_modules=[],
-    package_data={"vicinal": ["py.typed"], "vicinal.configs": ["*.yaml", "*/*.yaml", "*/*.sbatch", "*/*.py", "*/*/*.py"]},
+    package_data={
+        "vicinal": ["py.typed"],
+        "vicinal.configs": ["*.yaml", "*/*.yaml", "*/*.sbatch", "*/*.py", "*/*/*.py"],
+    },
     options={"build": {"build_base": make_build_folder()}},
     exclude_package_data={"vicinal": ["setup.py"]},
     install_requires=[

@@ -213,7 +213,7 @@ def refuse_tensors(operator: str, query: Tensor, value: Tensor) -> Optional[str]
     refusal = _refuse_device(query)
     widest = max(query.shape[-1], value.shape[-1])
     if refusal is None and not covers(operator, query, padded_channels(widest)):
-        return f"heads of {widest} channels in {query.dtype} take more shared memory than this GPU has"
+        return f"heads of {widest} channels in {query.dtype} take more registers or shared memory than this GPU has"
     return refusal
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..launch import Parameters
-from ..slices import too_wide
 from ..triton_common import Call, Tokens, as_tokens, ceil_div, next_power_of_two, refuse_tensors
-from . import fused_kernels, fused_wide_kernels
+from . import fused_kernels
 from .fused_pooled_kernels import backward_bias_kernel, backward_pooled_kernel
 
 PROGRAMS = 1024
@@ -38,7 +37,6 @@ class _Call(Call):
         scale: Optional[float],
     ) -> None:
         super().__init__("aggregated", query, key, value, scale)
-        self.of_tiles = fused_wide_kernels if too_wide(query, value) else fused_kernels
         self.window, self.tokens_of_map = window_size, self.size[0] * self.size[1]
         self.arguments.update(
             pooled_key=self.pooled_tokens(pooled_key),
@@ -120,7 +118,7 @@ def forward(query: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     call = _Call(query, *arguments)
     outputs = call.start_forward()
     parameters = call.parameters("forward")
-    call.submit_tiles(call.of_tiles.forward_kernel, parameters)
+    call.submit_tiles(fused_kernels.forward_kernel, parameters)
     return outputs
 
 
@@ -134,7 +132,7 @@ def backward(
     of_value_weights = value_weights.new_empty(value_weights.shape) if needs_gradient[7] else None
     grad_value_weights = call.tokens(of_value_weights) if needs_gradient[7] else None
     parameters = call.parameters("backward_query")
-    call.submit_tiles(call.of_tiles.backward_query_kernel, parameters, grad_value_weights=grad_value_weights)
+    call.submit_tiles(fused_kernels.backward_query_kernel, parameters, grad_value_weights=grad_value_weights)
     of_local_bias = _backward_key(call, needs_gradient)
     call.flatten()
     for of_pooled in _backward_pooled(call, *needs_gradient[3:5]):
@@ -153,7 +151,7 @@ def _backward_key(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Tenso
     partial = None
     if needs_gradient[5]:
         partial = call.partial(call.programs_of_head(parameters), call.heads, call.window**2)
-    call.submit_tiles(call.of_tiles.backward_key_kernel, parameters, partial=partial)
+    call.submit_tiles(fused_kernels.backward_key_kernel, parameters, partial=partial)
     return None if partial is None else partial.sum(0)
 
 

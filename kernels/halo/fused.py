@@ -16,9 +16,8 @@ from typing import Any, Optional, Sequence
 from torch import Tensor
 
 from ..launch import Parameters
-from ..slices import too_wide
 from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
-from . import fused_kernels, fused_wide_kernels
+from . import fused_kernels
 
 MOST_QUERIES = 64
 FEW_KEYS = 64
@@ -50,7 +49,6 @@ class _Call(Call):
         scale: Optional[float],
     ) -> None:
         super().__init__("halo", query, key, value, scale)
-        self.of_windows = fused_wide_kernels if too_wide(query, value) else fused_kernels
         self.key = key
         self.key_size = tuple(key.shape[1:3])
         self.blocks = tuple(size // block_size for size in self.key_size)
@@ -103,7 +101,7 @@ class _Call(Call):
         }
         for first in range(0, self.batch, max(images, 1)):
             count = min(images, self.batch - first)
-            self.start("backward_query", self.of_windows.backward_query_kernel, count, first=first, **scratch)
+            self.start("backward_query", fused_kernels.backward_query_kernel, count, first=first, **scratch)
             if needs_key or needs_value:
                 self._add_windows(count, shares, first=first, **scratch)
 

@@ -1,6 +1,5 @@
 """Fused halo attention: outputs and every gradient against the definition."""
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -26,7 +25,7 @@ SPECIAL = [
     Case((3, 1), 9, 1, batch=1, heads=1, relative="height"),  # more queries in a block than a program takes
     Case((3, 2), 2, 0, relative="none"),
     Case((2, 1), 1, 1, head_dim=1, value_dim=1),
-    Case((2, 2), 4, 2, batch=1, heads=1, head_dim=160, value_dim=96, scale=0.05),
+    Case((2, 2), 4, 2, batch=1, heads=1, head_dim=160, value_dim=96, scale=0.05, dtype=torch.bfloat16),
 ]
 
 
@@ -78,31 +77,6 @@ FOUR_KEYS = [
 def test_few_keys(case: Case, dtype: torch.dtype) -> None:
     """The gradient of the largest score is a small difference, in which the rounding of the output would show."""
     check(replace(case, dtype=dtype))
-
-
-WIDE = [
-    Case((1, 1), 8, 5, batch=1, heads=1, head_dim=72, value_dim=8),  # two parts of queries, two groups of columns
-    Case((2, 1), 4, 2, batch=2, heads=1, head_dim=8, value_dim=65, stride=2),
-    Case((1, 1), 2, 1, batch=1, heads=1, head_dim=160, value_dim=160, mask_padding=True, scale=1.0),  # few keys
-    Case((2, 2), 3, 1, batch=1, heads=1, head_dim=128, value_dim=40, relative="none", layout="packed"),
-]
-"""Heads of which slices are read."""
-
-
-def draw_wide(generator: random.Random) -> Case:
-    wide = {name: generator.choice([16, 65, 80, 128, 160]) for name in ("head_dim", "value_dim")}
-    return replace(draw(generator), **wide, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("case", WIDE, ids=identify)
-def test_wide_heads(case: Case) -> None:
-    check(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", sweep(draw_wide, 60, seed=9))
-def test_many_wide_heads(case: Case) -> None:
-    check(several_keys(case))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -218,7 +192,11 @@ def test_empty_batch() -> None:
         assert all(gradient.shape == output.shape for gradient in torch.autograd.grad(output.sum(), tensors))
 
 
-def test_values_too_wide_are_refused() -> None:
-    tokens = torch.zeros(1, 4, 4, 1, 161)
+@pytest.mark.parametrize(
+    ("channels", "reason"),
+    [(161, "value_dim 161 is above 160"), (65, "heads of 65 channels in torch.float32 take more registers")],
+)
+def test_values_too_wide_are_left_to_tiled(channels: int, reason: str) -> None:
+    tokens = torch.zeros(1, 4, 4, 1, channels)
     with backend("fused"):
-        assert "value_dim 161 is above 160" in explain(halo_attention, tokens[..., :8], tokens[..., :8], tokens, 2, 1)
+        assert reason in explain(halo_attention, tokens[..., :8], tokens[..., :8], tokens, 2, 1)
