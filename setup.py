@@ -31,6 +31,7 @@ def make_build_folder() -> str:
 
 setup(
     name="vicinal",
+    script_name="setup.py",  # so that the build leaves this file out, whoever runs it
     version=read_version(),
     description="Local-attention vision backbones for timm, with the attention operators that they share",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),

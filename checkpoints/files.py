@@ -77,7 +77,7 @@ def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: Mapping[
     Returns:
         The folder.
     """
-    from timm.models._hub import save_config_for_hf
+    from ..timm_internals import save_config_for_hf
 
     folder = Path(folder)
     write_atomically(folder / CONFIG_NAME, lambda temporary: save_config_for_hf(model, temporary))

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, List, Optional, Tuple, Union
 import torch
 from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead, get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
-from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from ..checkpoints import Layout, rename_keys
 from ..checkpoints.files import unwrap
+from ..timm_internals import FeatureGetterNet, feature_take_indices
 
 Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
 

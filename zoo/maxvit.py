@@ -18,13 +18,13 @@ from timm.layers import (
     calculate_drop_path_rates,
     to_2tuple,
 )
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._input import update_model_input_size
+from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoints.keys.maxvit import LAYOUTS
 from ..checkpoints.released.maxvit import RELEASED
+from ..timm_internals import update_model_input_size
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import GELUTanh
 from .blocks.attention import WindowAttention

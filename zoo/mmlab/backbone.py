@@ -12,12 +12,12 @@ from mmengine.model import BaseModule, initialize
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d, convert_sync_batchnorm
 from timm.models import model_entrypoint
-from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...checkpoints import load
+from ...timm_internals import group_with_matcher
 
 OUTPUT_NORMS = {"layer": partial(LayerNorm2d, eps=1e-5)}
 
