@@ -15,7 +15,14 @@ from torch import nn
 
 import vicinal.zoo  # noqa: F401  registers the models
 from vicinal.train import components, distributed, profiling, rehearse, screen, signals
-from vicinal.train.build import build_model, build_models, build_scheduler, memory_format
+from vicinal.train.build import (
+    autocast,
+    build_model,
+    build_models,
+    build_scheduler,
+    memory_format,
+    resolve_precision,
+)
 from vicinal.train.config import (
     AugmentationConfig,
     DataConfig,
@@ -211,6 +218,23 @@ def test_the_seed_chooses_weights_and_order(monkeypatch):
     assert first == again
     assert all(one != two for one, two in zip(first, other, strict=True))
     assert first[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "float32")]
+)
+def test_products_are_of_the_precision_asked_for(precision, dtype):
+    with autocast(RunConfig(precision=precision), CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
+    assert [resolve_precision(RunConfig(), torch.device(kind)) for kind in ("cuda", "cpu")] == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize(("warmup", "decays"), [(False, [0.6] * 3), (True, [0.370039, 0.51925, 0.6])])
+def test_the_average_decays_as_asked_for(monkeypatch, warmup, decays):
+    run = RunConfig(ema_decay=0.6, ema_warmup=warmup)
+    average = parts_of(replace(BASE, run=run), monkeypatch).state.task.get_trainable_module(ema=True)
+    assert [round(average.get_decay(step), 6) for step in (2, 3, 4)] == decays
+    assert not parts_of(BASE, monkeypatch).state.task.has_ema()
 
 
 def test_options_of_a_model_reach_it():

@@ -95,6 +95,30 @@ def test_clipping_bounds_the_step_in_every_precision(precision):
     assert float(change(model, before).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_clipping_by_value_and_against_the_weights():
+    """By value each number counts by itself; adaptively the classifier is left alone and the rest goes by its norm."""
+    images, targets = batch_of(0)
+    steps = {}
+    for mode, limit in (("norm", 1e9), ("value", 0.01), ("agc", 0.01)):
+        model = Tiny(batch_norm=True)
+        updater = make_updater(replace(SGD, clip_grad=limit, clip_mode=mode), model=model)
+        nn.init.constant_(model.head.weight, 0.5)
+        nn.init.constant_(model.head.weight[0], -2.0)
+        before = parameters_of(model)
+        updater.run([(images, targets)], (0, 0))
+        steps[mode] = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+    assert max(float(step.abs().max()) for step in steps["norm"].values()) > 0.1
+    for name, step in steps["norm"].items():
+        torch.testing.assert_close(steps["value"][name], step.clamp(-0.01, 0.01), rtol=0, atol=1e-6)
+        if name.startswith("head"):
+            torch.testing.assert_close(steps["agc"][name], step, rtol=0, atol=1e-6)
+    # A hundredth of the norm of three ones.
+    norm = steps["norm"]["norm.weight"]
+    wanted = norm * (0.01 * 3**0.5 / norm.norm())
+    assert norm.norm() > 0.02
+    torch.testing.assert_close(steps["agc"]["norm.weight"], wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_step_is_the_mean_gradient_of_the_group(precision):
     """The last group of an epoch is smaller than the others: it is averaged over what it has."""
