@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vicinal.__main__ import main
 from vicinal.eval.catalog import MARKDOWN_HEADER
 from vicinal.train.build import build_optimizer, build_scheduler
 from vicinal.train.config import TrainConfig
@@ -293,6 +294,37 @@ def test_rates_that_the_recipes_mean():
     assert rates_of("transnext_base_384", (0, 4.99)) == [1e-5] * 2
     # Linear from 5e-5 to 1e-6, halfway after 15 of 30 epochs.
     assert rates_of("dinat_large", (0, 15, 30)) == pytest.approx([5e-5, 2.55e-5, 1e-6], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (
+            (),
+            {
+                "imagenet/litv2_small": "litv2_small 300 1024 0.001 1e-06 1e-05",
+                "imagenet/shvit_s1": "shvit_s1_vicinal 300 2048 0.004 1e-06 1e-05",
+                "imagenet/maxvit_tiny": "maxvit_tiny 300 4096 0.003 0 1e-05",
+                # A constant rate is its own lowest.
+                "imagenet/maxvit_tiny_384": "maxvit_tiny 30 512 5e-05 0 5e-05",
+            },
+        ),
+        (
+            ("--processes", "2", "--batch-size", "64"),
+            {
+                "imagenet/litv2_small": "litv2_small 300 128 0.000125 1.25e-07 1.25e-06",
+                "imagenet/maxvit_tiny": "maxvit_tiny 300 512 0.003 0 1e-05",
+            },
+        ),
+    ],
+    ids=["as they stand", "smaller"],
+)
+def test_listed_rates(capsys, arguments, rows):
+    assert main(["recipes", *arguments]) == 0
+    lines = {line.split()[0]: line.split(maxsplit=1)[1].split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["recipe"] == ["model", "epochs", "images/update", "lr", "warm-up", "lowest"]
+    for name, row in rows.items():
+        assert " ".join(lines[name]) == row
 
 
 def test_results_that_recipes_name_are_those_of_the_table_of_models():

@@ -20,6 +20,7 @@ from vicinal.train.build import (
     build_model,
     build_models,
     build_scheduler,
+    locate_weights,
     memory_format,
     resolve_precision,
 )
@@ -244,6 +245,45 @@ def test_options_of_a_model_reach_it():
     assert (model.num_classes, model.stages[0].blocks[0].attn.kernel_size) == (7, [5, 5])
     # A network of a fixed size is built for the images that it gets.
     assert build_model(ModelConfig(name="test_vit"), 96, 2).patch_embed.img_size == (96, 96)
+
+
+def test_a_network_is_compiled_where_it_is_asked_for(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(type(model).__name__) or model)
+    for flag in (False, True):
+        parts_of(replace(BASE, run=RunConfig(compile=flag)), monkeypatch)
+        assert compiled == ["VisionTransformer"] * flag
+
+
+def test_repeats_reach_the_order(monkeypatch):
+    sampler = parts_of(replace(BASE, augmentation=replace(BASE.augmentation, repeats=2)), monkeypatch).batches.sampler
+    sampler.begin(0)
+    keys = next(iter(sampler))
+    assert [key.index for key in keys[::2]] == [key.index for key in keys[1::2]]
+    assert {key.repeat for key in keys} == {0, 1}
+
+
+def test_weights_are_the_best_ones_of_a_run(tmp_path):
+    """A folder of a model by itself comes before those of a run, and best/ before last/."""
+    for place, classes in (("run/best", 3), ("run/last", 4), ("own", 5)):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "model.safetensors").touch()
+        (tmp_path / place / "config.json").write_text(json.dumps({"num_classes": classes}))
+    (tmp_path / "file.safetensors").touch()
+
+    def found(path):
+        cfg = locate_weights(str(tmp_path / path), "nat_mini")
+        return cfg["file"].removeprefix(f"{tmp_path}/"), cfg["num_classes"]
+
+    assert found("run") == ("run/best/model.safetensors", 3)
+    assert found("run/last") == ("run/last/model.safetensors", 4)
+    assert found("own") == ("own/model.safetensors", 5)
+    assert found("file.safetensors") == ("file.safetensors", 1000)
+    (tmp_path / "run" / "best" / "model.safetensors").unlink()
+    assert found("run") == ("run/last/model.safetensors", 4)
+    released = locate_weights("nat_mini", "nat_tiny")
+    assert released["num_classes"] == 1000
+    assert "nat_mini" in released["url"] or "nat_mini" in str(released["hf_hub_id"])
 
 
 def test_checkpointing_of_activations_and_layout_go_by_their_flags():
