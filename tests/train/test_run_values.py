@@ -617,10 +617,30 @@ def test_the_first_process_that_fails_says_why():
     assert first_exception(ALONE, None) is None
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:x", "cuda:99"])
-def test_devices_that_are_not_there(device):
+def test_what_is_shared_is_the_first_processs(monkeypatch):
+    monkeypatch.setattr(World, "collect", lambda world, value: [f"{value} of {rank}" for rank in range(3)])
+    assert World(CPU, rank=1, size=3).share("x") == "x of 0"
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:x", "cuda:1", "cuda:99"])
+def test_devices_that_are_not_there(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=f"--device {device}"):
         join_world(device)
+
+
+def test_a_process_knows_its_place(monkeypatch):
+    joined = {"device": "cpu", "global_rank": 5, "local_rank": 1, "world_size": 8}
+    monkeypatch.setattr(distributed, "init_distributed_device_so", lambda device, dist_url: joined)
+    started = []
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, **given: started.append((backend, given))
+    )
+    assert join_world("cpu") == World(CPU, rank=5, local_rank=1, size=8)
+    assert started == []
+    join_world("cpu", needs_group=True)
+    ((backend, given),) = started
+    assert (backend, given["rank"], given["world_size"]) == ("gloo", 0, 1)
 
 
 def test_a_restart_is_told_by_torchruns_count(monkeypatch):
