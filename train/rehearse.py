@@ -150,4 +150,4 @@ def overfit_batch(config: TrainConfig, world: World, updates: int) -> None:
 def _accuracy(parts: Components, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
     model = parts.state.task.get_eval_model().eval()
     images, targets = parts.val_preprocess(*batch)
-    return 100 * float((model(images).argmax(1) == targets).float().mean())
+    return 100 * int((model(images).argmax(1) == targets).sum()) / len(targets)

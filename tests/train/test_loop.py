@@ -65,8 +65,9 @@ def test_logs_are_well_formed(train):
         assert {key: float(value) for key, value in row.items()} == {key: record[key] for key in EPOCH_FIELDS}
 
 
-def test_learning_rate_warms_up_and_follows_the_cosine(train, records):
-    _, folder = train("--epochs", 4, "--warmup-epochs", 1, "--warmup-lr", 1e-5, "--min-lr", 1e-4)
+def test_learning_rate_warms_up_and_follows_the_cosine(train, jpeg_tree, records):
+    schedule = ("--epochs", 4, "--warmup-epochs", 1, "--warmup-lr", 1e-5, "--min-lr", 1e-4)
+    _, folder = train(*colours(jpeg_tree), *schedule)
     rates = [record["lr"] for record in records(folder) if record["event"] == "step"]
     updates = len(rates) // 4
     expected = [1e-5 + (2e-3 - 1e-5) * step / updates for step in range(updates)]
@@ -107,29 +108,30 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, records, mo
 
 
 @pytest.mark.parametrize("inside", ["", "last"])
-def test_resume_from_another_folder_and_further(train, records, inside):
-    _, first = train("--epochs", 1, "--schedule", "constant", output="first")
-    _, whole = train("--epochs", 2, "--schedule", "constant", output="whole")
-    code, second = train("--epochs", 2, "--schedule", "constant", "--resume", first / inside, output="second")
+def test_resume_from_another_folder_and_further(train, jpeg_tree, records, inside):
+    common = (*colours(jpeg_tree), "--schedule", "constant")
+    _, first = train(*common, "--epochs", 1, output="first")
+    _, whole = train(*common, "--epochs", 2, output="whole")
+    code, second = train(*common, "--epochs", 2, "--resume", first / inside, output="second")
     assert code == 0
     assert_identical(weights(second), weights(whole))
     assert records(second) == records(whole)
     assert (first / "last").is_dir()
 
 
-def test_auto_resume_starts_where_no_checkpoint_is_and_ends_where_the_run_ended(train, records):
-    code, folder = train("--epochs", 1, "--resume", "auto")
+def test_auto_resume_starts_where_no_checkpoint_is_and_ends_where_the_run_ended(train, jpeg_tree, records):
+    code, folder = train(*colours(jpeg_tree), "--epochs", 1, "--resume", "auto")
     assert code == 0
     before = records(folder)
-    assert train("--epochs", 1, "--resume", "auto")[0] == 0
+    assert train(*colours(jpeg_tree), "--epochs", 1, "--resume", "auto")[0] == 0
     assert records(folder) == before
 
 
-def test_interrupted_swap_of_checkpoints_is_survived(train):
-    _, folder = train("--epochs", 1)
+def test_interrupted_swap_of_checkpoints_is_survived(train, jpeg_tree):
+    _, folder = train(*colours(jpeg_tree), "--epochs", 1)
     (folder / "last").rename(folder / "previous")
     (folder / ".last.partial").mkdir()
-    assert train("--epochs", 2, "--resume", "auto")[0] == 0
+    assert train(*colours(jpeg_tree), "--epochs", 2, "--resume", "auto")[0] == 0
     assert (folder / "last" / "trainer.pt").is_file()
     assert not (folder / ".last.partial").exists()
 
@@ -299,18 +301,18 @@ def test_fine_tuning_from_a_saved_model_takes_over_its_weights(train, records, j
             torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-11)
 
 
-def test_compiled_model_trains_and_saves_plain_names(train, records, monkeypatch):
+def test_compiled_model_trains_and_saves_plain_names(train, jpeg_tree, records, monkeypatch):
     compile_model = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_model(model, backend="eager"))
-    _, plain = train("--epochs", 1, output="plain")
-    code, compiled = train("--epochs", 1, "--compile", output="compiled")
+    _, plain = train(*colours(jpeg_tree), "--epochs", 1, output="plain")
+    code, compiled = train(*colours(jpeg_tree), "--epochs", 1, "--compile", output="compiled")
     assert code == 0
     assert weights(compiled).keys() == weights(plain).keys()
     assert records(compiled)[-1]["val_loss"] == pytest.approx(records(plain)[-1]["val_loss"], rel=1e-3)
 
 
-def test_recomputed_activations_change_nothing(train, records):
-    common = ("--epochs", 1, "--drop-path-rate", 0.2)
+def test_recomputed_activations_change_nothing(train, jpeg_tree, records):
+    common = (*colours(jpeg_tree), "--epochs", 1, "--drop-path-rate", 0.2)
     _, plain = train(*common, output="plain")
     code, recomputed = train(*common, "--grad-checkpointing", output="recomputed")
     assert code == 0
@@ -318,9 +320,9 @@ def test_recomputed_activations_change_nothing(train, records):
     assert_identical(weights(recomputed), weights(plain))
 
 
-def test_deterministic_algorithms_are_asked_for(train):
+def test_deterministic_algorithms_are_asked_for(train, jpeg_tree):
     try:
-        assert train("--epochs", 1, "--deterministic")[0] == 0
+        assert train(*colours(jpeg_tree), "--epochs", 1, "--deterministic")[0] == 0
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)

@@ -173,15 +173,16 @@ def test_data_check_of_good_data_ends_well(jpeg_tree, capsys):
     assert main(["data", "chekc"]) == 2
 
 
-def test_checkpoints_of_single_epochs_stay_the_newest_of_them(train):
-    code, folder = train("--epochs", 4, "--save-epochs", 1, "--keep", 2)
+def test_checkpoints_of_single_epochs_stay_the_newest_of_them(train, jpeg_tree):
+    colours = ("--data", jpeg_tree, "--workers", 0, "--batch-size", 8)
+    code, folder = train(*colours, "--epochs", 4, "--save-epochs", 1, "--keep", 2)
     assert code == 0
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
         *("best", "epoch-0003", "epoch-0004", "last", "previous")
     ]
     state = torch.load(folder / "epoch-0003" / "trainer.pt", weights_only=True)
     assert (state["epoch"], state["position"]) == (3, 0)
-    code, again = train("--epochs", 4, "--resume", folder / "epoch-0003", output="again")
+    code, again = train(*colours, "--epochs", 4, "--resume", folder / "epoch-0003", output="again")
     assert code == 0
     rows = [(path / "metrics.csv").read_text().splitlines()[1:4] for path in (folder, again)]
     assert rows[0] == rows[1]
