@@ -13,8 +13,9 @@ from PIL import Image
 from timm.data import create_reader
 
 from .config import DataConfig
-from .decoding import UnreadableImage, decode
-from .errors import UserError, first_line, nearest
+from .decode import open_image
+from .decoding import UnreadableImage  # noqa: F401
+from .errors import UserError, nearest
 from .readers import (
     SPLITS,
     TarImages,
@@ -77,12 +78,7 @@ class FolderImages:
         self.targets = [target for _, target in self.reader.samples]
 
     def load(self, index: int) -> Image.Image:
-        path = self.reader.filename(index, absolute=True)
-        try:
-            file, _ = self.reader[index]
-        except OSError as error:
-            raise UnreadableImage(f"cannot read image {path}: {first_line(error)}") from error
-        return decode(file, path)
+        return open_image(self.reader.filename(index, absolute=True))
 
 
 class Selection:

@@ -17,7 +17,8 @@ from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
-from .decoding import UnreadableImage, decode
+from .decode import open_image
+from .decoding import UnreadableImage
 from .errors import UserError, first_line
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -41,7 +42,7 @@ def _load_slice(path: Path, offset: int, size: int) -> Image.Image:
             content = file.read(size)
     except OSError as error:
         raise UnreadableImage(f"cannot read image {name}: {first_line(error)}") from error
-    return decode(content, name)
+    return open_image(content, name)
 
 
 class TarImages:
@@ -215,7 +216,7 @@ class HuggingFaceImages:
             content = entry["bytes"] or Path(entry["path"]).read_bytes()
         except OSError as error:
             raise UnreadableImage(f"cannot read image {name}: {first_line(error)}") from error
-        return decode(content, name)
+        return open_image(content, name)
 
 
 def open_hugging_face(

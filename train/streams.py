@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decoding import UnreadableImage, decode
+from .decode import open_image
+from .decoding import UnreadableImage
 from .errors import first_line
 from .shards import Example, Shards, is_url
 
@@ -64,7 +65,7 @@ class StreamImages:
         return order
 
     def load(self, index: int) -> Image.Image:
-        return decode(self.example(index).content, self._name(index))
+        return open_image(self.example(index).content, self._name(index))
 
     def example(self, index: int) -> Example:
         """One image as it is stored.
