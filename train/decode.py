@@ -155,9 +155,7 @@ def _scale(image: Image.Image) -> tuple[Image.Image, float | None]:
     low, high = float(values.min()), float(values.max())
     white = next((white for white in whites if high <= white), None)
     if white is None or low < 0:
-        raise ValueError(
-            f"its values lie between {low:g} and {high:g}, and those between 0 and {whites[-1]:g} are read"
-        )
+        raise ValueError(f"its values lie between {low:g} and {high:g}, not between 0 and {whites[-1]:g}")
     if white > 65535 and high * 256 < white:
         raise ValueError(f"its values reach {high:g}, which is all black in 32 bits; store it in 8 or 16 bits")
     if tags.get(262) == 0:
