@@ -20,6 +20,7 @@ from torch import Tensor
 from .decode import open_image
 from .decoding import UnreadableImage
 from .errors import first_line
+from .readers import check_content
 from .shards import Example, Shards, is_url
 
 PAUSES = (2.0, 8.0)
@@ -43,7 +44,7 @@ class StreamImages:
         self.lanes = min(lanes, len(shards.paths))
         self.window = buffer // self.lanes
         self.starts = np.cumsum([0, *shards.lengths])
-        self.targets = _Targets(self)
+        self.targets, self.left_out = _Targets(self), shards.left_out
         self._reading = _Reading()
 
     def __len__(self) -> int:
@@ -65,7 +66,8 @@ class StreamImages:
         return order
 
     def load(self, index: int) -> Image.Image:
-        return open_image(self.example(index).content, self._name(index))
+        name = self._name(index)
+        return open_image(check_content(self.example(index).content, name), name)
 
     def example(self, index: int) -> Example:
         """One image as it is stored.
