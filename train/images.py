@@ -169,7 +169,7 @@ def _open_parts(
     Args:
         wanted: the only part to read, for measuring.
     """
-    chosen = [wanted] if wanted in parts else _choose(parts) if wanted is None else []
+    chosen = _choose(parts) if wanted is None else [part for part in parts if part == wanted]
     unread = [part.name for key, part in parts.items() if key not in chosen]
     if not chosen:
         raise UserError(f"--data {name}: has no part {wanted or 'train'}, but {join(unread) or 'nothing'}")
@@ -193,7 +193,8 @@ def _compare_classes(name: str, train: Images, held_out: Images, say: Callable[[
         raise UserError(f"--data {name}: no held-out images")
     if isinstance(held_out, StreamImages):
         return
-    for part, images in (("training", train), ("held-out", held_out)):
+    is_cut = isinstance(held_out, Selection) and isinstance(train, Selection)
+    for part, images in (("training", train), *(() if is_cut else (("held-out", held_out),))):
         missing = sorted(set(range(len(images.classes))) - set(map(int, images.targets))) if len(images.targets) else []
         if missing:
             say(f"{name}: no {part} images of {len(missing)} classes: {join([images.classes[i] for i in missing])}")

@@ -389,7 +389,7 @@ class HuggingFaceImages:
             raise UserError(f"--data {name}: no column {missing[0]}, but {', '.join(split.column_names)}")
         try:
             self.split, self.name = split.cast_column("image", ImageColumn(decode=False)), name
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise UserError(f"--data {name}: its column image holds no images: {first_line(error)}") from error
         # Files of images are found by datasets itself; a path in a table could name any file of this machine.
         self.opens_paths = split.info.builder_name == "imagefolder"

@@ -66,8 +66,12 @@ class StreamImages:
         return order
 
     def load(self, index: int) -> Image.Image:
-        name = self._name(index)
-        return open_image(check_content(self.example(index).content, name), name)
+        return self.load_example(index)[0]
+
+    def load_example(self, index: int) -> tuple[Image.Image, int]:
+        """One image and its class index, which other threads cannot come between."""
+        example, name = self.example(index), self._name(index)
+        return open_image(check_content(example.content, name), name), example.target
 
     def example(self, index: int) -> Example:
         """One image as it is stored.
