@@ -33,7 +33,7 @@ class FolderImages:
     def __init__(self, root: Path, class_to_idx: dict[str, int] | None = None):
         left_out = LeftOut()
         found: dict[str, list[str]] = {}
-        for entry in _entries(root, root, left_out):
+        for _, entry in _entries(root, root, left_out):
             if entry.is_dir():
                 found[entry.name] = [path for path, is_image in walk(entry.path, root, left_out) if is_image]
             elif _is_image(entry):
@@ -68,11 +68,11 @@ def walk(folder: str | Path, root: Path, left_out: LeftOut, above: tuple[str, ..
         above: real paths of the folders that lead here, ``root`` among them.
     """
     above = (*(above or [os.path.realpath(root)]), os.path.realpath(folder))
-    for entry in _entries(folder, root, left_out, above):
+    for path, entry in _entries(folder, root, left_out, above):
         if entry.is_dir():
             yield from walk(entry.path, root, left_out, above)
             continue
-        path, is_image = os.path.relpath(entry.path, root), _is_image(entry)
+        is_image = _is_image(entry)
         if not is_image:
             left_out.add(NO_IMAGE, path)
         yield path, is_image
@@ -89,23 +89,29 @@ def _is_image(entry: os.DirEntry) -> bool:
         return False
 
 
-def _entries(folder: str | Path, root: Path, left_out: LeftOut, above: tuple[str, ...] = ()) -> list[os.DirEntry]:
-    """The files and folders in a folder, without those that are hidden or read by another way; see :func:`walk`."""
+def _entries(
+    folder: str | Path, root: Path, left_out: LeftOut, above: tuple[str, ...] = ()
+) -> list[tuple[str, os.DirEntry]]:
+    """The files and folders in a folder, by their paths from ``root``; see :func:`walk`.
+
+    Those that are hidden or read by another way are left out.
+    """
     try:
-        found = sorted(os.scandir(folder), key=lambda entry: natural_key(entry.name))
+        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"--data {root}: cannot read folder {folder}: {first_line(error)}") from error
-    kept = []
+    kept, start = [], os.path.relpath(folder, root)
+    prefix = "" if start == os.curdir else start + os.sep
     for entry in found:
-        name, is_folder = os.path.relpath(entry.path, root), _is(entry.is_dir)
+        path, is_folder = prefix + entry.name, _is(entry.is_dir)
         if entry.name.startswith("."):
-            left_out.add(HIDDEN, name)
+            left_out.add(HIDDEN, path)
         elif is_folder and entry.is_symlink() and _is_circle(entry, above or (os.path.realpath(root),)):
-            left_out.add(LINKED, name)
+            left_out.add(LINKED, path)
         elif is_folder or _is(entry.is_file):
-            kept.append(entry)
+            kept.append((path, entry))
         else:
-            left_out.add(NO_FILE, name)
+            left_out.add(NO_FILE, path)
     return kept
 
 
@@ -135,7 +141,7 @@ def find_part_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     Raises:
         UserError: it cannot be told which they are.
     """
-    folders = [root / entry.name for entry in _entries(root, root, LeftOut()) if entry.is_dir()]
+    folders = [root / name for name, entry in _entries(root, root, LeftOut()) if entry.is_dir()]
     called = [folder for folder in folders if part_of_folder(folder.name)]
     parts = [folder for folder in called if _holds_classes(folder)]
     flat = [folder for folder in called if folder not in parts and _holds_images(folder)]
@@ -161,29 +167,26 @@ def find_part_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
 
 def _holds_classes(folder: Path) -> bool:
     entries = _entries(folder, folder, LeftOut())
-    if any(entry.name.lower().endswith(".tar") for entry in entries if not entry.is_dir()):
-        return True
-    return bool(find_class_folders(folder))
+    is_archived = any(name.lower().endswith(".tar") for name, entry in entries if not entry.is_dir())
+    return is_archived or has_class_folders(folder)
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(is_image for _, is_image in walk(folder, folder, LeftOut()))
+def _holds_images(folder: str | Path) -> bool:
+    return any(is_image for _, is_image in walk(folder, Path(folder), LeftOut()))
+
+
+def has_class_folders(root: Path) -> bool:
+    """Whether a folder in this one holds images, at any depth."""
+    return any(entry.is_dir() and _holds_images(entry.path) for _, entry in _entries(root, root, LeftOut()))
 
 
 def find_others(root: Path, suffix: str) -> list[str]:
     """What lies in a folder whose files of one ending are read: other files, and folders with images."""
-    entries = _entries(root, root, LeftOut())
     return [
-        entry.name
-        for entry in entries
-        if (_holds_images(Path(entry.path)) if entry.is_dir() else not entry.name.lower().endswith(suffix))
+        name
+        for name, entry in _entries(root, root, LeftOut())
+        if (_holds_images(entry.path) if entry.is_dir() else not name.lower().endswith(suffix))
     ]
-
-
-def find_class_folders(root: Path) -> list[str]:
-    """The folders in a folder that hold images, at any depth."""
-    entries = _entries(root, root, LeftOut())
-    return [entry.name for entry in entries if entry.is_dir() and _holds_images(Path(entry.path))]
 
 
 def find_files(root: Path, suffix: str, depth: int) -> list[str]:
@@ -194,10 +197,9 @@ def find_files(root: Path, suffix: str, depth: int) -> list[str]:
         depth: levels of folders that are looked into; 1 is ``root`` itself.
     """
     found = []
-    for entry in _entries(root, root, LeftOut()):
+    for name, entry in _entries(root, root, LeftOut()):
         if entry.is_dir() and depth > 1:
-            below = Path(entry.path)
-            found += [f"{entry.name}/{path}" for path in find_files(below, suffix, depth - 1)]
-        elif not entry.is_dir() and entry.name.lower().endswith(suffix):
-            found.append(entry.name)
-    return found
+            found += [f"{name}/{path}" for path in find_files(Path(entry.path), suffix, depth - 1)]
+        elif not entry.is_dir() and name.lower().endswith(suffix):
+            found.append(name)
+    return sorted(found, key=natural_key)

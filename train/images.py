@@ -18,7 +18,7 @@ from PIL import Image
 from .config import DataConfig
 from .decoding import UnreadableImage  # noqa: F401  what the sources here raise
 from .errors import UserError, nearest
-from .folders import FolderImages, find_class_folders, find_files, find_others, find_part_folders
+from .folders import FolderImages, find_files, find_others, find_part_folders, has_class_folders
 from .readers import (
     MAX_CLASSES,
     TarImages,
@@ -263,7 +263,7 @@ def _parts_of_folder(root: Path, config: DataConfig, say: Callable[[str], None])
     are_shards = bool(tars) and is_webdataset(next(iter(tars.values()))[0])
     # An archive that is no shard may be called like its class; and it may be a copy of the folders beside it.
     is_class = None in tars and len(tars) <= 2
-    if not are_shards and (not tars or is_class or find_class_folders(root)):
+    if not are_shards and (not tars or is_class or has_class_folders(root)):
         return {None: Part(str(root), partial(_open_folder, root, say))}
     _say_others(root, ".tar", say)
     return {
@@ -301,7 +301,7 @@ def _open_archives(archives: Sequence[Path], train: Images | None = None) -> Ima
 def _open_folder(root: Path, say: Callable[[str], None], train: Images | None = None) -> Images:
     """The source in a folder; with the classes of the training images, if given."""
     archives = [root / name for name in find_files(root, ".tar", depth=1)]
-    if archives and (is_webdataset(archives[0]) or not find_class_folders(root)):
+    if archives and (is_webdataset(archives[0]) or not has_class_folders(root)):
         _say_others(root, ".tar", say)
         return _open_archives(archives, train)
     return FolderImages(root, _number_classes(train))

@@ -80,7 +80,7 @@ def stored(image, kind, **options):
 
 
 def kinds_of_images():
-    """(split, class name, file name, content) of images of two classes, and the greys that each shows, left to right."""
+    """(split, class name, file name, content) of images of two classes, and the greys that each shows from the left."""
     turned = Image.Exif()
     turned[0x0112] = 3
     values = [0, 0.25, 0.5, 1]
