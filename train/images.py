@@ -142,7 +142,7 @@ def _find_parts(config: DataConfig, say: Callable[[str], None]) -> dict[str | No
             for part, split in timm_names.items()
         }
     if kind in ("hfids", "wds"):
-        return _parts_of_stream(config)
+        return _parts_of_stream(config, say)
     if kind == "tfds":
         raise UserError(
             f"--data {config.name}: a stream of TensorFlow cannot be resumed in its middle; give hfds/NAME, or a folder"
@@ -209,7 +209,7 @@ def _parts_of_hugging_face(splits: dict[str, Callable[..., Images]]) -> dict[str
     return {part: Part(name, opening(name)) for part, name in name_parts(splits).items()}
 
 
-def _parts_of_stream(config: DataConfig) -> dict[str | None, Part]:
+def _parts_of_stream(config: DataConfig, say: Callable[[str], None]) -> dict[str | None, Part]:
     """Of ``hfids/NAME`` or ``wds/ROOT``, names that timm has for them; a held-out part is needed."""
     kind, _, name = config.name.partition("/")
     splits = find_parquet_shards(name) if kind == "hfids" else find_tar_shards(name)
@@ -220,12 +220,14 @@ def _parts_of_stream(config: DataConfig) -> dict[str | None, Part]:
             raise UserError(f"--data {config.name}: no shards of a {part} split, which a stream needs{others}")
 
     def opening(part: str | None) -> Callable[[Images | None], Images]:
-        return lambda train: _open_stream(config, splits[part](), train)
+        return lambda train: _open_stream(config, splits[part](), train, say)
 
     return {part: Part(part or "shards that name no part", opening(part)) for part in splits}
 
 
-def _open_stream(config: DataConfig, shards: Shards, train: Images | None) -> StreamImages:
+def _open_stream(config: DataConfig, shards: Shards, train: Images | None, say: Callable[[str], None]) -> StreamImages:
+    for line in shards.left_out:
+        say(line)
     classes = train.classes if train else shards.classes
     if classes is None:
         if config.num_classes is None:

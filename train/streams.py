@@ -44,7 +44,7 @@ class StreamImages:
         self.lanes = min(lanes, len(shards.paths))
         self.window = buffer // self.lanes
         self.starts = np.cumsum([0, *shards.lengths])
-        self.targets, self.left_out = _Targets(self), shards.left_out
+        self.targets = _Targets(self)
         self._reading = _Reading()
 
     def __len__(self) -> int:
