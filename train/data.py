@@ -12,9 +12,8 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from .config import AugmentationConfig, DataConfig
-from .decoding import UnreadableImage
 from .distributed import World
-from .images import Images
+from .images import Images, UnreadableImage
 from .loader import IGNORED_TARGET, Batches, BrokenImages, NoReplacement, resolve_workers
 from .order import EvalSampler, SampleKey, TrainSampler
 from .randomness import seed_host, stream_seed
