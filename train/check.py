@@ -1,18 +1,22 @@
 """``vicinal data check``: walks a data set and says what is in it, and what in it cannot be read."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
 from ..checkpoints import write_atomically
 from .config import DataConfig
+from .decode import WHITE
+from .decoding import UnreadableImage
 from .errors import UserError
-from .images import Images, UnreadableImage, open_images
+from .images import Images, open_images
+from .streams import StreamImages
 
 USAGE = """usage: vicinal data check FOLDER [options]     (--help lists them)"""
 SHOWN = 20
@@ -20,10 +24,14 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class CheckArguments:
-    """Decode every image of a data set; exit code 1 if one cannot be read."""
+    """Decode every image of a data set; exit code 1 if one cannot be read, or is read otherwise than the others."""
 
     data: Annotated[str, tyro.conf.Positional]
     """digits, or a folder as --data of vicinal train takes it."""
+    data_dir: str | None = None
+    """Where torch/NAME lies, and where hfds/NAME is kept."""
+    num_classes: int | None = None
+    """Number of classes, of a stream whose shards do not say it."""
     threads: int = 8
     """Images that are decoded at a time."""
     json: str | None = None
@@ -43,16 +51,24 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0 if command in ("-h", "--help") else 2
     arguments = tyro.cli(CheckArguments, prog="vicinal data check", args=rest)
-    train, held_out = open_images(DataConfig(name=arguments.data))
-    result = {
-        name: check_images(images, arguments.threads) for name, images in (("train", train), ("held out", held_out))
-    }
+    notes: list[str] = []
+    config = DataConfig(name=arguments.data, data_dir=arguments.data_dir, num_classes=arguments.num_classes)
+    parts = dict(zip(("train", "held out"), open_images(config, notes.append), strict=True))
+    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
+    result = {name: {**check_images(images, arguments.threads), "notes": notes} for name, images in parts.items()}
     for name, split in result.items():
         print("\n".join(describe(name, split)))
     if arguments.json:
         text = json.dumps(result, indent=1)
         write_atomically(arguments.json, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
-    return int(any(split["unreadable"] for split in result.values()))
+    return int(any(split["unreadable"] or len(split["ranges"]) > 1 for split in result.values()))
+
+
+class Seen(NamedTuple):
+    """An image that was decoded: its size, and the value that became white where the values decided on it."""
+
+    size: tuple[int, int]
+    white: float | None
 
 
 def check_images(images: Images, threads: int) -> dict:
@@ -60,37 +76,53 @@ def check_images(images: Images, threads: int) -> dict:
 
     Returns:
         ``images``; ``classes``: name -> images; ``sizes``: least and largest (width, height), each by itself;
-        ``unreadable``: messages in the order of the images.
+        ``ranges``: largest value -> images, of 32-bit images that are scaled by it; ``unreadable``: messages in the
+        order of the images.
     """
     counts = dict.fromkeys(images.classes, 0)
-    for target in images.targets:
-        counts[images.classes[target]] += 1
-    results = list(_decode_all(images, threads))
-    widths, heights = zip(*[size for size in results if not isinstance(size, str)] or [(0, 0)], strict=True)
+    results = []
+    for target, result in _look_at_all(images, threads):
+        results.append(result)
+        if target is not None:
+            counts[images.classes[target]] += 1
+    seen = [result for result in results if isinstance(result, Seen)]
+    widths, heights = zip(*[image.size for image in seen] or [(0, 0)], strict=True)
     return {
         "images": len(images.targets),
         "classes": counts,
         "sizes": [[min(widths), min(heights)], [max(widths), max(heights)]],
+        "ranges": Counter(f"{image.white:g}" for image in seen if image.white is not None),
         "unreadable": [result for result in results if isinstance(result, str)],
     }
 
 
-def _decode_all(images: Images, threads: int) -> Iterator[tuple[int, int] | str]:
-    """Size of each image, or why it cannot be read; in threads, since Pillow decodes outside Python's lock."""
+def _look_at_all(images: Images, threads: int) -> Iterator[tuple[int | None, Seen | str]]:
+    """Class index of each image, and its size or why it cannot be read; Pillow decodes outside Python's lock.
 
-    def decode(index: int) -> tuple[int, int] | str:
+    An image of a stream that cannot be read has no class index: both come together.
+    """
+
+    def look(index: int) -> tuple[int | None, Seen | str]:
+        target = None if isinstance(images, StreamImages) else images.targets[index]
         try:
-            return images.load(index).size
+            if target is None:
+                image, target = images.load_example(index)
+            else:
+                image = images.load(index)
         except UnreadableImage as error:
-            return str(error)
+            return target, str(error)
+        return target, Seen(image.size, image.info.get(WHITE))
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(decode, range(len(images.targets)))
+        yield from pool.map(look, range(len(images.targets)))
 
 
 def describe(name: str, split: dict) -> Iterator[str]:
     """Lines for people."""
     counts = split["classes"]
+    if not split["images"]:
+        yield f"{name}: no images"
+        return
     least, most = min(counts, key=counts.get), max(counts, key=counts.get)
     (narrow, low), (wide, high) = split["sizes"]
     yield f"{name}: {split['images']:,} images in {len(counts)} classes, {narrow} to {wide} x {low} to {high} pixels"
@@ -98,6 +130,9 @@ def describe(name: str, split: dict) -> Iterator[str]:
     empty = [name for name, count in counts.items() if not count]
     if empty:
         yield f"  classes without images: {', '.join(empty[:SHOWN])}"
+    if len(split["ranges"]) > 1:
+        ranges = ", ".join(f"0 to {white} ({count})" for white, count in split["ranges"].items())
+        yield f"  32-bit images are scaled unevenly, by {ranges}: store all of them in one range"
     yield f"  unreadable: {len(split['unreadable'])}"
     for message in split["unreadable"][:SHOWN]:
         yield f"    {message}"

@@ -14,7 +14,7 @@ from torchvision import transforms
 from .config import AugmentationConfig, DataConfig
 from .distributed import World
 from .images import Images, UnreadableImage
-from .loader import IGNORED_TARGET, Batches, BrokenImages, resolve_workers
+from .loader import IGNORED_TARGET, Batches, BrokenImages, NoReplacement, resolve_workers
 from .order import EvalSampler, SampleKey, TrainSampler
 from .randomness import seed_host, stream_seed
 from .streams import StreamImages
@@ -23,7 +23,8 @@ from .streams import StreamImages
 class TrainDataset(Dataset):
     """Training examples by :class:`SampleKey`: uint8 tensor of shape (3, H, W), class index, messages.
 
-    In the place of an image that cannot be read comes the next one that can, and the messages name the former.
+    In the place of an image that cannot be read comes the next one that can, with its class, and the messages name the
+    former. Where :attr:`MAX_REPLACEMENTS` in a row cannot be read, the last message is a :class:`NoReplacement`.
     """
 
     MAX_REPLACEMENTS = 100
@@ -43,7 +44,8 @@ class TrainDataset(Dataset):
                 continue
             seed_host(stream_seed("sample", self.seed, *key))
             return self.transform(image), self.images.targets[index], tuple(messages)
-        raise RuntimeError(f"{self.MAX_REPLACEMENTS} images in a row cannot be read, the last: {messages[-1]}")
+        reason = NoReplacement(f"{self.MAX_REPLACEMENTS} images in a row cannot be read, the last: {messages[-1]}")
+        return self.transform(Image.new("RGB", (32, 32))), IGNORED_TARGET, (*messages, reason)
 
 
 class EvalDataset(Dataset):

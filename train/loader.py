@@ -11,12 +11,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import DataConfig
+from .decoding import UnreadableImage
 from .errors import RunStopped
-from .images import IN_MEMORY, UnreadableImage
+from .images import IN_MEMORY
 
 MAX_RESTARTS = 3
 IGNORED_TARGET = -1
 """The target of a held-out image that could not be read; it counts for nothing."""
+
+
+class NoReplacement(str):
+    """Among the messages of a training example: no image was found that could take its place."""
 
 
 class BrokenImages:
@@ -34,7 +39,13 @@ class BrokenImages:
         """Met by this process since it last told the others."""
 
     def add(self, message: str) -> None:
-        """Count an image, unless it is known."""
+        """Count an image, unless it is known.
+
+        Raises:
+            UnreadableImage: there are more than the limit, or nothing could take the place of one.
+        """
+        if isinstance(message, NoReplacement):
+            raise UnreadableImage(f"{message}; vicinal data check lists all of them")
         if message not in self.messages:
             self.messages.append(message)
             self.fresh.append(message)

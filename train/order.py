@@ -54,6 +54,8 @@ class TrainSampler(Sampler[list[SampleKey]]):
         self.seed, self.repeats, self.world = seed, repeats, world
         self.stream, self.parts = stream, 1 if stream is None else max(1, workers)
         self.epoch = self.position = self.skip = 0
+        if num_images == 0:
+            raise UserError("--data: no training images; a held-out or test part alone can be measured, not trained on")
         if self.per_epoch == 0:
             raise UserError(
                 f"--batch-size {batch_size} on {world.size} processes exceeds the {num_images} training images"

@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decoding import UnreadableImage, decode
+from .decode import open_image
+from .decoding import UnreadableImage
 from .errors import first_line
+from .readers import check_content
 from .shards import Example, Shards, is_url
 
 PAUSES = (2.0, 8.0)
@@ -64,7 +66,12 @@ class StreamImages:
         return order
 
     def load(self, index: int) -> Image.Image:
-        return decode(self.example(index).content, self._name(index))
+        return self.load_example(index)[0]
+
+    def load_example(self, index: int) -> tuple[Image.Image, int]:
+        """One image and its class index, which other threads cannot come between."""
+        example, name = self.example(index), self._name(index)
+        return open_image(check_content(example.content, name), name), example.target
 
     def example(self, index: int) -> Example:
         """One image as it is stored.

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import PurePath
 
 from vicinal.train.images import load_digits
 
@@ -63,7 +64,7 @@ def write_webdataset(root, samples, per_shard=120):
         for number, start in enumerate(range(0, len(own), per_shard)):
             with tarfile.open(root / f"digits-{split}-{number:04d}.tar", "w") as archive:
                 for _, label, name, content in own[start : start + per_shard]:
-                    add_file(archive, name.replace(".png", ".cls"), label.encode())
+                    add_file(archive, f"{PurePath(name).stem}.cls", label.encode())
                     add_file(archive, name, content)
 
 
@@ -74,14 +75,14 @@ def write_webdataset_with_json(root, samples):
             for _, label, name, content in (sample for sample in samples if sample[0] == split):
                 add_file(archive, name, content)
                 meta = json.dumps({"label": int(label), "filename": name}).encode()
-                add_file(archive, name.replace(".png", ".json"), meta)
+                add_file(archive, f"{PurePath(name).stem}.json", meta)
 
 
 def write_parquet(root, samples):
     import datasets
 
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted({label for _, label, *_ in samples}))}
     )
     for split, name in (("train", "train"), ("val", "validation")):
         rows = [

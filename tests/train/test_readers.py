@@ -73,6 +73,54 @@ def test_the_same_images_through_every_reader(layout, tmp_path, samples):
             assert np.array_equal(transform(images.load(index)), wanted)
 
 
+def stored(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def kinds_of_images():
+    """(split, class name, file name, content) of images of two classes, and the greys that each shows from the left."""
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    values = [0, 0.25, 0.5, 1]
+    kinds = {
+        "16-bit.png": (
+            stored(Image.fromarray(np.array([[0, 2570, 40000, 65535]], np.uint16)), "png"),
+            [0, 10, 156, 255],
+        ),
+        "32-bit.tif": (
+            stored(Image.fromarray(np.array([[0, 2**29, 2**30, 2**31 - 1]], np.int32)), "tiff"),
+            [0, 64, 128, 255],
+        ),
+        "clear.webp": (
+            stored(
+                Image.fromarray(np.array([[[9, 9, 9, 0], [9, 9, 9, 255]]], np.uint8)), "webp", lossless=True, exact=True
+            ),
+            [255, 9],
+        ),
+        "float.TIFF": (stored(Image.fromarray(np.array([values], np.float32)), "tiff"), [0, 64, 128, 255]),
+        "palette.gif": (stored(Image.fromarray(np.array([[0, 40]], np.uint8)), "gif", transparency=0), [255, 40]),
+        "turned.png": (stored(Image.fromarray(np.array([[7, 8, 9]], np.uint8)), "png", exif=turned), [9, 8, 7]),
+        "upright.bmp": (stored(Image.fromarray(np.array([[7, 8, 9]], np.uint8)), "bmp"), [7, 8, 9]),
+    }
+    samples = [
+        (split, label, f"{label}-{name}", content)
+        for split in ("train", "val")
+        for label in "01"
+        for name, (content, _) in kinds.items()
+    ]
+    return samples, [greys for _, greys in kinds.values()] * 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_kind_of_image_through_every_reader(layout, tmp_path):
+    samples, expected = kinds_of_images()
+    for images in open_images(open_layout(layout, tmp_path, samples)):
+        assert list(images.targets) == [0] * 7 + [1] * 7
+        assert [np.asarray(images.load(index))[0, :, 1].tolist() for index in range(14)] == expected
+
+
 def epoch_of(config, workers):
     train, _ = open_images(config)
     augmentation = AugmentationConfig(auto_augment="rand-m9-mstd0.5-inc1")
