@@ -178,7 +178,7 @@ class Tiling:
         return sum(near.unsqueeze(-1) * part.flatten(1, 2) for near, part in zip(weights, parts, strict=True))
 
     def _neighbours(self, box: Tensor) -> Iterator[Tensor]:
-        """For each neighbour those of all queries of a tile, views (tiles, *tile, channels) of (tiles, *box, channels)."""
+        """For each neighbour those of a tile's queries: views (tiles, *tile, channels) of (tiles, *box, channels)."""
         for row, column in product(range(self.window), repeat=2):
             yield box[:, row : row + self.tile[0], column : column + self.tile[1]]
 

@@ -4,8 +4,8 @@ Windows of one chunk are copied out of the map once, straight from any strides a
 Bias and shift masks are added to the scores in place: a mask touches the last row or column of windows only, and is
 never repeated over the batch. On a CPU, windows without masks go through torch's own attention. Scores, softmax and
 sums are float32 (float64 for float64 inputs); the weights are rounded to the dtype of the inputs before they are
-multiplied with it. In a window that the border tears apart tokens do not see all keys: chunks with NaN or infinities are
-done again with the hidden pairs left out (see :mod:`..nonfinite`).
+multiplied with it. In a window that the border tears apart tokens do not see all keys: chunks with NaN or infinities
+are done again with the hidden pairs left out (see :mod:`..nonfinite`).
 """
 
 from dataclasses import dataclass
@@ -332,7 +332,7 @@ def backward(
 def _are_tainted(
     of_scores: Optional[Tensor], of_query: Optional[Tensor], of_key: Optional[Tensor], of_value: Optional[Tensor]
 ) -> bool:
-    """Whether gradients of a chunk may not be finite: a NaN of any input is in those of queries, and in those of keys."""
+    """Whether gradients of a chunk may not be finite: a NaN of any input is in those of queries and of keys."""
     narrow = of_key if of_query is None else of_query
     return is_tainted(narrow) if narrow is not None else is_tainted(of_scores, of_value)
 
