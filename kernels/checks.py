@@ -12,6 +12,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+SMALL_REACH = 64
+"""Tokens that a window or halo may reach over on any map."""
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,16 +29,20 @@ def canonicalize(name: str, kind: str, value: Any) -> Any:
     """
     if kind in ("List[int]", "List[bool]"):
         return _as_list(name, value, bool if kind == "List[bool]" else int)
-    if kind == "int" and not _is_number(value, Integral, torch.SymInt):
-        raise ValueError(f"{name}={value!r} must be one int")
+    if kind == "int":
+        if not _is_number(value, Integral, torch.SymInt):
+            raise ValueError(f"{name}={_shown(value)} must be one int")
+        return _in_64_bits(name, value)
     if kind == "bool" and not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False")
+        raise ValueError(f"{name}={_shown(value)} must be True or False")
     if kind == "str" and not isinstance(value, str):
-        raise ValueError(f"{name}={value!r} must be a string")
-    if kind == "Optional[float]" and value is not None and not _is_number(value, Real, torch.SymFloat):
-        raise ValueError(f"{name}={value!r} must be a number or None; a learnable scale is multiplied into query")
-    if kind == "Optional[float]" and isinstance(value, int):
-        return float(value)  # TorchScript takes no int for a float
+        raise ValueError(f"{name}={_shown(value)} must be a string")
+    if kind == "Optional[float]" and value is not None:
+        if not _is_number(value, Real, torch.SymFloat):
+            raise ValueError(
+                f"{name}={_shown(value)} must be a number or None; a learnable scale is multiplied into query"
+            )
+        return _as_float(name, value)
     return value
 
 
@@ -44,13 +50,43 @@ def _is_number(value: Any, abstract: type, symbolic: type) -> bool:
     return isinstance(value, (abstract, symbolic, torch.SymInt)) and not isinstance(value, bool)
 
 
+def _shown(value: Any) -> str:
+    """The value in one short line: a tensor or a long number would fill the screen."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an int of more digits than Python prints
+        text = f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _in_64_bits(name: str, value: Any) -> Any:
+    """A plain int from any kind of them, as torch's operators take no other; symbols pass."""
+    if torch.compiler.is_compiling() or not isinstance(value, Integral):
+        return value
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={_shown(value)} does not fit into 64 bits; no map is that large")
+    return int(value)
+
+
+def _as_float(name: str, value: Any) -> Any:
+    """A plain float from any real number, as TorchScript takes no int for one; symbols pass."""
+    if isinstance(value, float) or not isinstance(value, Real):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}={_shown(value)} is too large for a float") from None
+
+
 def _as_list(name: str, value: Any, kind: type) -> list:
     items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for item in items:
         fits = isinstance(item, bool) if kind is bool else _is_number(item, Integral, torch.SymInt)
         if not fits and not isinstance(item, torch.fx.Proxy):
-            raise ValueError(f"{name}={value!r} must be one {kind.__name__} or one {kind.__name__} per axis")
-    return items
+            raise ValueError(f"{name}={_shown(value)} must be one {kind.__name__} or one {kind.__name__} per axis")
+    return items if kind is bool else [_in_64_bits(name, item) for item in items]
 
 
 def per_axis(name: str, values: Sequence, rank: int) -> tuple:
@@ -88,10 +124,17 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int], layout: str) ->
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}, {layout}")
 
 
-def check_scale(scale: Optional[float]) -> None:
+def check_scale(scale: Optional[float], query: Tensor) -> None:
+    """Scores are held in base 2, 1.4 times as large, in float32; for float64 inputs in float64."""
+    if scale is None:
+        return
     # not math.isfinite: a compiler may hold the number as a symbol
-    if scale is not None and not -math.inf < scale < math.inf:
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale={scale} must be finite, or None for head_dim**-0.5")
+    dtype = query.dtype if query.dtype == torch.float64 else torch.float32
+    largest = torch.finfo(dtype).max / 2
+    if not -largest <= scale <= largest:
+        raise ValueError(f"scale={scale} is too large for scores in {dtype}; use at most {largest:.3g}")
 
 
 def check_positive(name: str, values: Sequence[int]) -> None:
@@ -155,7 +198,7 @@ def check_window_attention(
         if not 0 <= offset < extent:
             raise ValueError(f"shift={list(shifts)} must be at least 0 and less than window_size={list(window)}")
     check_relative_position_bias(relative_position_bias, query, window)
-    check_scale(scale)
+    check_scale(scale, query)
 
 
 def neighborhood_options(
@@ -202,7 +245,7 @@ def check_neighborhood_attention(
                 f"use stride={extent} there"
             )
     check_relative_position_bias(relative_position_bias, query, kernel)
-    check_scale(scale)
+    check_scale(scale, query)
 
 
 def check_pooled(name: str, pooled: Tensor, query: Tensor) -> None:
@@ -252,6 +295,7 @@ def check_aggregated_attention(
         if tensor is not None:
             check_floating(name, tensor)
             check_device(name, tensor, "query", query)
+    _check_reach("window_size", window_size, 2, query)
     neighbours, heads = window_size**2, query.shape[3]
     if local_bias is not None:
         check_shape("local_bias", local_bias, (heads, neighbours), "(heads, window_size**2)")
@@ -261,7 +305,7 @@ def check_aggregated_attention(
     if value_weights is not None:
         shape = (*query.shape[:4], neighbours)
         check_shape("value_weights", value_weights, shape, "(batch, height, width, heads, window_size**2)")
-    check_scale(scale)
+    check_scale(scale, query)
 
 
 def check_halo_attention(
@@ -279,6 +323,7 @@ def check_halo_attention(
     check_positive("block_size", [block_size])
     if halo_size < 0:
         raise ValueError(f"halo_size={halo_size} must be at least 0")
+    _check_reach("halo_size", halo_size, 1, key)
     batch, *_, heads, head_dim = query.shape
     check_shape("key", key, (batch, *key.shape[1:3], heads, head_dim), "with the batch, heads and head_dim of query")
     check_shape("value", value, (*key.shape[:4], value.shape[4]), "with the batch, map and heads of key")
@@ -298,7 +343,18 @@ def check_halo_attention(
             check_device(name, logits, "query", query)
             shape = (*query.shape[:4], block_size + 2 * halo_size)
             check_shape(name, logits, shape, "(batch, height, width, heads, block_size + 2 * halo_size) of query")
-    check_scale(scale)
+    check_scale(scale, query)
+
+
+def _check_reach(name: str, reach: int, sides: int, tokens: Tensor) -> None:
+    """Beyond the map there is nothing to reach; a few cells more are allowed, so that one setting serves small maps."""
+    if reach <= SMALL_REACH:  # first, so that a traced graph does not depend on the size of the map
+        return
+    largest = max(SMALL_REACH, sides * max(tokens.shape[1:3]))
+    if reach > largest:
+        raise ValueError(
+            f"{name}={reach} reaches far beyond the map of {tuple(tokens.shape[1:3])}; use at most {largest}"
+        )
 
 
 def _check_query_map(query: Tensor, key: Tensor, block_size: int) -> None:
@@ -325,7 +381,7 @@ def check_gated_positional_attention(
     heads, tokens = query.shape[-2], math.prod(query.shape[1:-2])
     check_shape("position_scores", position_scores, (heads, tokens, tokens), "(heads, tokens, tokens)")
     check_shape("gate", gate, (heads,), "(heads,)")
-    check_scale(scale)
+    check_scale(scale, query)
 
 
 def check_routed_attention(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Optional[float]) -> None:
@@ -344,7 +400,7 @@ def check_routed_attention(query: Tensor, key: Tensor, value: Tensor, routes: Te
     if routes.shape[2] < 1:
         raise ValueError(f"routes has shape {tuple(routes.shape)}; each region needs at least 1 route")
     _check_routes_in_range(routes, regions)
-    check_scale(scale)
+    check_scale(scale, query)
 
 
 def _check_routes_in_range(routes: Tensor, regions: int) -> None:

@@ -16,8 +16,10 @@ autograd, autocast, vmap (an error) and flop counts, so that eager mode, TorchSc
 import importlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -44,25 +46,71 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """An open block of :func:`backend`; two of one thread and name are different blocks."""
+
+    thread: int
+    name: str
+
+
+_blocks: list[_Block] = []
+_blocks_lock = threading.Lock()
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force one backend for every operator of this package, in the whole process, until the block ends.
 
     Blocks nest. The environment variable ``VICINAL_KERNELS`` does the same for a process; a block wins over it. A
     backward pass uses the backend that is selected while it runs, except that ``reference`` is decided by the forward.
+    The choice holds for all threads, those of autograd among them, so blocks of several threads may overlap only where
+    they force the same backend.
 
     Args:
         name: "reference", "tiled", "fused", or "auto" (the fastest that can run, the default).
 
     Raises:
         ValueError: the name is none of these. Forcing "fused" for a call that it cannot run raises at that call.
+        RuntimeError: another thread is in a block that forces another backend.
     """
     global _forced  # noqa: PLW0603 (torch.compile guards on a module global, not on a context variable)
-    outer, _forced = _forced, _check_backend(name, "backend")
+    _check_backend(name, "backend")
+    if torch.compiler.is_compiling():  # a graph knows no threads; what is set here is put back while it is traced
+        outer, _forced = _forced, name
+        try:
+            yield
+        finally:
+            _forced = outer
+        return
+    block = _open_block(name)
     try:
         yield
     finally:
-        _forced = outer
+        _close_block(block)
+
+
+def _open_block(name: str) -> _Block:
+    global _forced  # noqa: PLW0603 (as above)
+    block = _Block(threading.get_ident(), name)
+    with _blocks_lock:
+        for other in _blocks:
+            if other.thread != block.thread and other.name != name:
+                raise RuntimeError(
+                    f"backend={name!r} while another thread is in a block with backend={other.name!r}: the choice "
+                    "holds for all threads; put one block around both, or let one end before the other begins"
+                )
+        _blocks.append(block)
+        _forced = name
+    return block
+
+
+def _close_block(block: _Block) -> None:
+    """The innermost of the blocks that are still open decides, whichever ends first."""
+    global _forced  # noqa: PLW0603 (as above)
+    with _blocks_lock:
+        _blocks.remove(block)
+        _forced = _blocks[-1].name if _blocks else None
 
 
 def selected_backend() -> str:

@@ -18,13 +18,13 @@ from timm.layers import (
     use_fused_attn,
 )
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
 
 from ..checkpoints.keys.litv2 import LAYOUTS
 from ..checkpoints.released.litv2 import RELEASED
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import GELU
 from .blocks.attention import WindowAttention, attend_with_bias
+from .blocks.deformable import deform_conv2d
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import DepthwiseMlp
 from .blocks.padding import crop, pad_to_multiple

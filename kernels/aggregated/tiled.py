@@ -4,6 +4,9 @@ A tile of queries is multiplied with the box of keys around it; the neighbours o
 that product, which a strided view reads and writes in place. Pooled tokens take one product for the whole strip of
 tiles. Work goes in strips whose scores stay in the cache. Scores, softmax and sums are float32 (float64 for float64
 inputs); the weights are rounded to the dtype of the inputs before they are multiplied with it.
+
+Beside the band the products of weights are 0 times what the box holds: strips with NaN or infinities are done again
+neighbour by neighbour (``apart``), and without the queries that fill up the last tiles.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import statistics_dtype
+from ..nonfinite import is_tainted
 from .reference import inside_map
 
 TILE = 4
@@ -58,6 +62,7 @@ class Tiling:
         self.local_bias = self.tiles(self._local_bias(local_bias))
         self.pooled_bias = None if pooled_bias is None else self.tiles(self._pooled_bias(pooled_bias))
         self.band = query.new_empty(0)
+        self.apart = False  # whether neighbours are multiplied one by one, for strips that are not finite
 
     def _local_bias(self, bias: Optional[Tensor]) -> Tensor:
         """(heads or 1, height, width, 1, window_size**2) with -inf outside the map."""
@@ -152,9 +157,39 @@ class Tiling:
 
     def combine(self, weights: Tensor, box: Tensor, pooled: Tensor, strip: Strip) -> Tensor:
         """Sums of neighbours and pooled tokens by weights, (tiles, queries, channels)."""
-        local = torch.bmm(self.put(weights[..., : self.neighbours], box.dtype), box)
+        near = weights[..., : self.neighbours]
+        local = self._sum_apart(near, box) if self.apart else torch.bmm(self.put(near, box.dtype), box)
         rest = self.strip_by_head(weights[..., self.neighbours :], strip).to(box.dtype)
         return torch.baddbmm(self.strip_by_head(local, strip), rest, pooled[strip.images].flatten(0, 1)).view_as(local)
+
+    def spread(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """What the neighbours of each query get of its row by the weights, (tiles, box, channels)."""
+        if not self.apart:
+            return torch.bmm(self.put(weights, rows.dtype).transpose(1, 2), rows)
+        result = rows.new_zeros(len(rows), *self.box, rows.shape[-1])
+        for near, part in zip(weights.to(rows.dtype).unbind(-1), self._neighbours(result), strict=True):
+            part.add_((near.unsqueeze(-1) * rows).view(part.shape))
+        return result.flatten(1, 2)
+
+    def _sum_apart(self, weights: Tensor, box: Tensor) -> Tensor:
+        """Sums of the neighbours of each query by weights, (tiles, queries, channels)."""
+        parts = self._neighbours(box.unflatten(1, self.box))
+        weights = weights.to(box.dtype).unbind(-1)
+        return sum(near.unsqueeze(-1) * part.flatten(1, 2) for near, part in zip(weights, parts, strict=True))
+
+    def _neighbours(self, box: Tensor) -> Iterator[Tensor]:
+        """For each neighbour those of a tile's queries: views (tiles, *tile, channels) of (tiles, *box, channels)."""
+        for row, column in product(range(self.window), repeat=2):
+            yield box[:, row : row + self.tile[0], column : column + self.tile[1]]
+
+    def leave_out(self, pairs: Tensor, strip: Strip) -> Tensor:
+        """Set what is no pair of tokens to 0, in place: neighbours outside the map, queries that fill up tiles."""
+        inside = inside_map(*self.map, self.window, self.device).to(self.dtype)[None, :, :, None]
+        outside = self._bias(self.tiles(inside), strip) == 0
+        by_tile = self.by_tile(pairs, strip)
+        by_tile[..., : self.neighbours].masked_fill_(outside, 0.0)
+        by_tile[..., self.neighbours :].masked_fill_(outside[..., self.neighbours // 2, None], 0.0)
+        return pairs
 
     def weights(self, query: Tensor, key_box: Tensor, pooled_key: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
         """Softmax weights (tiles, queries, window_size**2 + pooled) and logsumexp (tiles, queries, 1)."""
@@ -201,7 +236,13 @@ def forward(
         weights, normalizer = tiling.weights(tiling.load(queries, strip), tiling.load(keys, strip), pooled_keys, strip)
         if extra is not None:
             weights[..., : tiling.neighbours].add_(tiling.load(extra, strip))
-        tiling.store(tiling.combine(weights, tiling.load(values, strip), pooled_values, strip), outputs, strip)
+        box = tiling.load(values, strip)
+        combined = tiling.combine(weights, box, pooled_values, strip)
+        if is_tainted(combined):
+            tiling.apart = True
+            combined = tiling.combine(weights, box, pooled_values, strip)
+            tiling.apart = False
+        tiling.store(combined, outputs, strip)
         tiling.store(normalizer, normalizers, strip)
     return output, logsumexp.squeeze(-1)
 
@@ -237,16 +278,13 @@ def backward(
     pooled_keys, pooled_values = (tokens.flatten(1, -3).transpose(1, 2) for tokens in (pooled_key, pooled_value))
     extra = None if value_weights is None else tiling.tiles(value_weights)
     for strip in tiling.strips():
-        q, k, grad = (tiling.load(view, strip) for view in (queries, keys, grads))
-        weights, _ = tiling.weights(q, k, pooled_keys, strip)
-        if gradients.need_products:
-            products = tiling.multiply(grad, tiling.load(values, strip), pooled_values, strip)
-            gradients.add_products(products, strip)
-            grad_scores = torch.ops.aten._softmax_backward_data(products, weights, -1, weights.dtype)
-            gradients.add_scores(grad_scores, q, k, pooled_keys, strip)
-        if extra is not None:
-            weights[..., : tiling.neighbours].add_(tiling.load(extra, strip))
-        gradients.add_values(weights, grad, strip)
+        inputs = [tiling.load(view, strip) for view in (queries, keys, grads)]
+        weights_of_values = None if extra is None else tiling.load(extra, strip)
+        inputs += [values, pooled_keys, pooled_values, weights_of_values, strip]
+        if not gradients.add(*inputs):
+            tiling.apart = True
+            gradients.add(*inputs)
+            tiling.apart = False
     return gradients.result()
 
 
@@ -285,26 +323,65 @@ class _Gradients:
         view.zero_()
         return view, inner
 
-    def add_products(self, products: Tensor, strip: Strip) -> None:
+    def add(
+        self,
+        query: Tensor,
+        key: Tensor,
+        grad: Tensor,
+        values: Tensor,
+        pooled_key: Tensor,
+        pooled_value: Tensor,
+        extra: Optional[Tensor],
+        strip: Strip,
+    ) -> bool:
+        """Add what a strip gives; False, with nothing added, if that is not finite and neighbours are not apart.
+
+        Args:
+            values: all boxes, of which those of the strip are read when they are needed.
+            extra: the value weights of the strip.
+        """
+        tiling = self.tiling
+        weights, _ = tiling.weights(query, key, pooled_key, strip)
+        if tiling.apart:
+            tiling.leave_out(weights, strip)
+        elif extra is not None and is_tainted(extra):
+            return False
+        if self.need_products:
+            products = tiling.multiply(grad, tiling.load(values, strip), pooled_value, strip)
+            self._store_products(products, strip)
+            grad_scores = torch.ops.aten._softmax_backward_data(products, weights, -1, weights.dtype)
+            if self.need_scores and not self._add_scores(grad_scores, query, key, pooled_key, strip):
+                return False
+        if not (self.need_scores or tiling.apart) and is_tainted(weights, grad):
+            return False
+        if extra is not None:
+            weights[..., : tiling.neighbours].add_(extra)
+        self._add_keys(self.value, self.pooled_value, weights, grad, strip)
+        return True
+
+    def _store_products(self, products: Tensor, strip: Strip) -> None:
         if self.value_weights is not None:
             self.tiling.store(products[..., : self.tiling.neighbours].contiguous(), self.value_weights[0], strip)
 
-    def add_scores(self, grad_scores: Tensor, query: Tensor, key: Tensor, pooled_key: Tensor, strip: Strip) -> None:
-        if not self.need_scores:
-            return
+    def _add_scores(self, grad_scores: Tensor, query: Tensor, key: Tensor, pooled_key: Tensor, strip: Strip) -> bool:
+        """As :meth:`add`, for what comes of the gradient of the scores."""
         tiling = self.tiling
+        if tiling.apart:
+            tiling.leave_out(grad_scores, strip)
+        scaled = grad_scores if tiling.scale == 1.0 else grad_scores * tiling.scale
+        of_query = None if self.query is None else tiling.combine(scaled, key, pooled_key, strip)
+        # A NaN of any of the inputs is in the gradient of the queries, as it is in that of the scores.
+        if not tiling.apart and is_tainted(scaled if of_query is None else of_query):
+            return False
         by_tile = tiling.by_tile(grad_scores, strip)
         if self.local_bias is not None:
             self.local_bias += by_tile[..., : tiling.neighbours].sum((0, 2, 3, 4, 5))
         if self.pooled_bias is not None:
             tiling._bias(self.pooled_bias[0], strip).add_(by_tile[..., tiling.neighbours :].sum(0))
-        grad_scores = grad_scores.mul_(tiling.scale)
-        if self.query is not None:
-            tiling.store(tiling.combine(grad_scores, key, pooled_key, strip), self.query[0], strip)
-        self._add_keys(self.key, self.pooled_key, grad_scores, query, strip)
-
-    def add_values(self, weights: Tensor, grad: Tensor, strip: Strip) -> None:
-        self._add_keys(self.value, self.pooled_value, weights, grad, strip)
+        if of_query is not None:
+            tiling.store(of_query, self.query[0], strip)
+        self._add_keys(self.key, self.pooled_key, scaled, query, strip)
+        return True
 
     def _add_keys(
         self, boxes: Optional["_BoxSum"], pooled: Optional[Tensor], weights: Tensor, rows: Tensor, strip: Strip
@@ -312,8 +389,7 @@ class _Gradients:
         """Add weights^T rows to the boxes and to the pooled tokens."""
         tiling = self.tiling
         if boxes is not None:
-            band = tiling.put(weights[..., : tiling.neighbours], rows.dtype)
-            boxes.add(torch.bmm(band.transpose(1, 2), rows), strip)
+            boxes.add(tiling.spread(weights[..., : tiling.neighbours], rows), strip)
         if pooled is not None:
             rest = tiling.strip_by_head(weights[..., tiling.neighbours :], strip).to(rows.dtype)
             total = torch.bmm(rest.transpose(1, 2), tiling.strip_by_head(rows, strip))

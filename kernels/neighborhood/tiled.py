@@ -2,7 +2,8 @@
 
 Tiles of one relative geometry (inside the map, at its upper border, ...) are computed together and share one mask or
 bias. Work goes in pieces whose scores stay in the cache. Scores are taken in base 2: exp2 is several times faster than
-exp on the CPU, and on masked scores far more.
+exp on the CPU, and on masked scores far more. A tile's box holds keys that some of its queries do not see: pieces with
+NaN or infinities are done again with those pairs left out (see :mod:`..nonfinite`).
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..buffers import Buffer
 from ..checks import neighborhood_options
 from ..dispatch import statistics_dtype
+from ..nonfinite import hide, is_tainted, product_of_seen
 from .geometry import Run, axis_runs, split
 
 LOG2_E = math.log2(math.e)
@@ -145,11 +147,19 @@ class _Tiling:
     def geometries(self) -> Iterator[tuple[tuple[Run, ...], Optional[Tensor]]]:
         """Products of runs with their bias and mask, (heads or 1, queries, keys), None where there is neither."""
         for runs in product(*self.axes):
-            index, masked = _table_index(tuple(_shape_only(run) for run in runs), self.kernel_size, self.device)
+            index, masked = self.entries(runs)
             if self.has_bias or masked:
                 yield runs, self.table.index_select(1, index.flatten()).unflatten(1, index.shape)
             else:
                 yield runs, None
+
+    def hidden(self, runs: tuple[Run, ...]) -> Optional[Tensor]:
+        """Which pairs of a tile do not see each other, (queries, keys), None where all do."""
+        index, masked = self.entries(runs)
+        return index == self.table.shape[1] - 1 if masked else None
+
+    def entries(self, runs: tuple[Run, ...]) -> tuple[Tensor, bool]:
+        return _table_index(tuple(_shape_only(run) for run in runs), self.kernel_size, self.device)
 
     def pieces(self, runs: tuple[Run, ...]) -> Iterator[Piece]:
         scores = self.heads * math.prod(run.queries * run.keys for run in runs)
@@ -170,6 +180,18 @@ class _Tiling:
         scores = buffer.take((query.shape[0] // bias.shape[0], *bias.shape)).copy_(bias).flatten(0, 1)
         return scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
 
+    def weights(
+        self, query: Tensor, key: Tensor, bias: Optional[Tensor], buffer: Buffer, hidden: Optional[Tensor] = None
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax weights, and the logarithm to base 2 of their denominators.
+
+        Args:
+            hidden: leaves these pairs out whatever they hold.
+        """
+        scores = hide(self.scores(query, key, bias, buffer), hidden, -math.inf)
+        weights, normalizer = softmax_base_2(scores)
+        return hide(weights, hidden, 0.0), normalizer  # a row of NaN has them where it sees nothing, too
+
     def map(self, tensor: Tensor, dtype: Optional[torch.dtype] = None) -> _Map:
         return _Map(tensor, self.dilation, dtype or self.dtype)
 
@@ -180,12 +202,18 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor
     logsumexp = query.new_empty(*query.shape[:-1], 1, dtype=tiling.dtype)
     queries, keys, outputs, logsumexps = map(tiling.map, (query, key, output, logsumexp))
     values = tiling.map(value, value.dtype)
-    score_buffer, weight_buffer, output_buffer = tiling.buffer(), tiling.buffer(value.dtype), tiling.buffer(value.dtype)
+    for_scores, for_weights, for_output = tiling.buffer(), tiling.buffer(value.dtype), tiling.buffer(value.dtype)
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
-            scores = tiling.scores(queries.load(piece, "query"), keys.load(piece, "key"), bias, score_buffer)
-            weights, normalizer = softmax_base_2(scores)
-            outputs.store(piece, output_buffer.product(weight_buffer.cast(weights), values.load(piece, "key")))
+            tokens = queries.load(piece, "query"), keys.load(piece, "key")
+            weights, normalizer = tiling.weights(*tokens, bias, for_scores)
+            box = values.load(piece, "key")
+            attended = for_output.product(for_weights.cast(weights), box)
+            if is_tainted(attended):
+                hidden = tiling.hidden(runs)
+                weights, normalizer = tiling.weights(*tokens, bias, for_scores, hidden)
+                attended = product_of_seen(for_weights.cast(weights), hidden, box)
+            outputs.store(piece, attended)
             logsumexps.store(piece, normalizer.div_(LOG2_E))
     return output, logsumexp.squeeze(-1)
 
@@ -204,16 +232,11 @@ def backward(
     tiling = _Tiling(query, *options)
     gradients = _Gradients(tiling, needs_gradient, query)
     queries, keys, values, grads = map(tiling.map, (query, key, value, grad_output))
-    score_buffer, grad_weight_buffer, grad_score_buffer = (tiling.buffer() for _ in range(3))
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
-            q, k, grad = queries.load(piece, "query"), keys.load(piece, "key"), grads.load(piece, "query")
-            weights, _ = softmax_base_2(tiling.scores(q, k, bias, score_buffer))
-            gradients.add_value(piece, weights, grad)
-            if gradients.need_scores:
-                grad_weights = grad_weight_buffer.product(grad, values.load(piece, "key").transpose(1, 2))
-                grad_scores = softmax_backward(grad_weights, weights, grad_score_buffer)
-                gradients.add_scores(piece, grad_scores, q, k)
+            tokens = queries.load(piece, "query"), keys.load(piece, "key"), grads.load(piece, "query")
+            if not gradients.add(piece, *tokens, values, bias):
+                gradients.add(piece, *tokens, values, bias, tiling.hidden(runs), again=True)
         gradients.finish_geometry(runs)
     return gradients.result()
 
@@ -223,6 +246,7 @@ class _Gradients:
 
     def __init__(self, tiling: _Tiling, needs_gradient: Sequence[bool], query: Tensor) -> None:
         self.tiling = tiling
+        self.for_pairs = tuple(tiling.buffer() for _ in range(3))
         self.buffers = (*(tiling.buffer(query.dtype) for _ in range(3)), tiling.buffer())
         needs_query, needs_key, needs_value, needs_bias = needs_gradient
         self.query = tiling.map(query.new_empty(query.shape)) if needs_query else None
@@ -235,26 +259,69 @@ class _Gradients:
         self.need_scores = needs_query or needs_key or needs_bias
         self.pairs = 0.0
 
-    def add_value(self, piece: Piece, weights: Tensor, grad: Tensor) -> None:
+    def add(
+        self,
+        piece: Piece,
+        query: Tensor,
+        key: Tensor,
+        grad: Tensor,
+        values: _Map,
+        bias: Optional[Tensor],
+        hidden: Optional[Tensor] = None,
+        again: bool = False,
+    ) -> bool:
+        """Add what a piece gives; False, with nothing added, if that is not finite and not done again."""
+        for_scores, for_weights, for_grads = self.for_pairs
+        weights, _ = self.tiling.weights(query, key, bias, for_scores, hidden)
+        if self.need_scores:
+            box = values.load(piece, "key")
+            grad_weights = hide(for_weights.product(grad, box.transpose(1, 2)), hidden, 0.0)
+            grad_scores = hide(softmax_backward(grad_weights, weights, for_grads), hidden, 0.0)
+            if not self._add_scores(piece, grad_scores, query, key, hidden, again):
+                return False
         if self.value is not None:
-            left, right, result, summand = self.buffers
-            grad_value = result.product(left.cast(weights).transpose(1, 2), right.cast(grad))
-            self.value.add(piece, summand.cast(grad_value))
+            grad_value = self._product(self.buffers[0].cast(weights), grad, 1.0, hidden, by_key=True)
+            # Where there is a gradient of the scores, it has told already.
+            if not (self.need_scores or again) and is_tainted(grad_value):
+                return False
+            self.value.add(piece, self.buffers[3].cast(grad_value))
+        return True
 
-    def add_scores(self, piece: Piece, grad_scores: Tensor, query: Tensor, key: Tensor) -> None:
+    def _add_scores(
+        self, piece: Piece, grad_scores: Tensor, query: Tensor, key: Tensor, hidden: Optional[Tensor], again: bool
+    ) -> bool:
+        """As :meth:`add`, for what comes of the gradient of the scores."""
+        scale, pairs = self.tiling.scale, self.buffers[0].cast(grad_scores)
+        of_query = None if self.query is None else self._product(pairs, key, scale, hidden)
+        # A NaN of any of the inputs is in the gradient of the queries, the smallest, as it is in that of the scores.
+        if not again and is_tainted(grad_scores if of_query is None else of_query):
+            return False
+        if of_query is not None:
+            self.query.store(piece, of_query)
         if self.table is not None:
             self.pairs = self.pairs + grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
-        left, right, result, summand = self.buffers
-        grad_scores = left.cast(grad_scores)
-        if self.query is not None:
-            self.query.store(piece, result.product(grad_scores, right.cast(key), self.tiling.scale))
         if self.key is not None:
-            grad_key = result.product(grad_scores.transpose(1, 2), right.cast(query), self.tiling.scale)
-            self.key.add(piece, summand.cast(grad_key))
+            of_key = self._product(pairs, query, scale, hidden, by_key=True)
+            self.key.add(piece, self.buffers[3].cast(of_key))
+        return True
+
+    def _product(
+        self, pairs: Tensor, tokens: Tensor, scale: float, hidden: Optional[Tensor], by_key: bool = False
+    ) -> Tensor:
+        """scale * pairs @ tokens, or of the pairs transposed if by_key; valid until the next call."""
+        _, right, result, _ = self.buffers
+        tokens = right.cast(tokens)
+        pairs, hidden = (x.mT if by_key and x is not None else x for x in (pairs, hidden))
+        if hidden is None:
+            return result.product(pairs, tokens, scale)
+        return product_of_seen(pairs, hidden, tokens).mul_(scale)
 
     def finish_geometry(self, runs: tuple[Run, ...]) -> None:
         """Adds up the (heads, queries, keys) gradient of a geometry's pairs by their offsets, and starts afresh."""
         if self.table is None:
+            return
+        if is_tainted(self.pairs):
+            self._scatter(runs)
             return
         rank = len(runs)
         pairs = self.pairs.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
@@ -266,6 +333,13 @@ class _Gradients:
             entries = torch.arange(2 * kernel - 1, device=pairs.device)
             pairs = torch.tensordot(pairs, (offsets[:, None] == entries).to(pairs.dtype), dims=([1], [0]))
         self.table += pairs
+        self.pairs = 0.0
+
+    def _scatter(self, runs: tuple[Run, ...]) -> None:
+        """The same for pairs that are not all finite: a product would bring them to entries that are not theirs."""
+        index, _ = self.tiling.entries(runs)
+        seen = index.flatten() < self.tiling.table.shape[1] - 1
+        self.table.flatten(1).index_add_(1, index.flatten()[seen], self.pairs.flatten(1).double()[:, seen])
         self.pairs = 0.0
 
     def result(self) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 The keys and values of the routed regions are gathered, some regions at a time. On small maps whose regions see most of
 the others, or have so few tokens that the copies cost more than the products, all pairs of tokens are scored instead,
-with the logarithm of how often a region is routed to added to its scores.
+with the logarithm of how often a region is routed to added to its scores. What a region does not see would reach it so
+as 0 * NaN: where the result is not finite the keys are gathered after all.
 
 Scores, softmax and sums are float32 (float64 for float64 inputs); the weights are rounded to the dtype of the inputs
 before they are multiplied with it. Regions share keys and values, so their gradients are added up in float32.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import statistics_dtype
+from ..nonfinite import is_tainted
 from .geometry import as_list, in_form_of
 
 NUMBERS_IN_CACHE = 1 << 19
@@ -140,7 +142,18 @@ def forward(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Op
     """Output, and logsumexp of the scores."""
     form = query
     query, key, value = map(as_list, (query, key, value))
-    regions, dtype = plan(query, routes), statistics_dtype(query.dtype)
+    regions = plan(query, routes)
+    output, logsumexp = _attend(regions, query, key, value, scale)
+    if isinstance(regions, DensePlan) and is_tainted(output):
+        output, logsumexp = _attend(GatherPlan(query, routes), query, key, value, scale)
+    return in_form_of(form, output), in_form_of(form, logsumexp)
+
+
+def _attend(
+    regions: GatherPlan, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` of lists of regions, by a plan."""
+    dtype = statistics_dtype(query.dtype)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=dtype)
     for chunk in regions.chunks():
@@ -153,7 +166,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Op
         result = torch.bmm(weights.to(value.dtype), regions.load_keys(value, chunk))
         regions.store(result.to(dtype).div_(total), output, chunk)
         regions.store(total.log_().add_(largest), logsumexp, chunk)
-    return in_form_of(form, output), in_form_of(form, logsumexp.squeeze(-1))
+    return output, logsumexp.squeeze(-1)
 
 
 def backward(
@@ -174,8 +187,25 @@ def backward(
     """
     form = query
     query, key, value, grad_output = map(as_list, (query, key, value, grad_output))
-    regions, dtype = plan(query, routes), statistics_dtype(query.dtype)
-    scale = _scale(query, scale)
+    regions = plan(query, routes)
+    tokens = (query, key, value, grad_output)
+    gradients = _differentiate(regions, *tokens, _scale(query, scale), needs_gradient)
+    if isinstance(regions, DensePlan) and is_tainted(*gradients):
+        gradients = _differentiate(GatherPlan(query, routes), *tokens, _scale(query, scale), needs_gradient)
+    return [in_form_of(form, gradient) for gradient in gradients]
+
+
+def _differentiate(
+    regions: GatherPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    scale: float,
+    needs_gradient: Sequence[bool],
+) -> list[Tensor]:
+    """:func:`backward` of lists of regions, by a plan."""
+    dtype = statistics_dtype(query.dtype)
     of_query = query.new_empty(query.shape) if needs_gradient[0] else None
     of_key, of_value = (
         regions.new_gradient(tensor, dtype) if needed else None
@@ -199,5 +229,4 @@ def backward(
         if of_key is not None:
             regions.add_keys(torch.bmm(rounded.transpose(1, 2), queries), of_key, chunk)
     summed = [x.permute(0, 2, 3, 1, 4) for x in (of_key, of_value) if x is not None]
-    gradients = ([] if of_query is None else [of_query]) + summed
-    return [in_form_of(form, gradient) for gradient in gradients]
+    return ([] if of_query is None else [of_query]) + summed

@@ -4,7 +4,8 @@ Windows of one chunk are copied out of the map once, straight from any strides a
 Bias and shift masks are added to the scores in place: a mask touches the last row or column of windows only, and is
 never repeated over the batch. On a CPU, windows without masks go through torch's own attention. Scores, softmax and
 sums are float32 (float64 for float64 inputs); the weights are rounded to the dtype of the inputs before they are
-multiplied with it.
+multiplied with it. In a window that the border tears apart tokens do not see all keys: chunks with NaN or infinities
+are done again with the hidden pairs left out (see :mod:`..nonfinite`).
 """
 
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from torch import Tensor
 from ..buffers import Buffer
 from ..checks import per_axis
 from ..dispatch import statistics_dtype
+from ..nonfinite import hide, is_tainted, product_of_seen
 from .geometry import bias_index
 
 SCORES_IN_CACHE = 1 << 19
 """Scores of a chunk on the CPU: 2 MB in float32, so that the passes of the softmax stay in the second-level cache."""
 SCORES_ON_DEVICE = 1 << 26
 """Elsewhere each chunk costs kernel launches, and only the memory (256 MB) is a limit."""
+FEW_KEYS = 16
+"""Numbers of float32 in the widest vector register."""
 
 
 class Piece(NamedTuple):
@@ -202,6 +206,19 @@ class Scores:
             by_window[:, :, -1].add_(last_column)
         return scores
 
+    def hidden(self, chunk: Chunk) -> Tensor:
+        """Which pairs of a chunk the border separates, (windows * heads, tokens, tokens)."""
+        windows = self.windows
+        tokens, columns = windows.tokens, windows.axes[1].count
+        shape = (chunk.images, chunk.rows, columns, windows.heads, tokens, tokens)
+        last_row, last_column = self.masks
+        result = torch.zeros(shape, dtype=torch.bool, device=self.products.memory.device)
+        if last_row is not None and chunk.is_last:
+            result[:, -1] |= last_row < 0
+        if last_column is not None:
+            result[:, :, -1] |= last_column < 0
+        return result.flatten(0, 3)
+
 
 def forward(
     query: Tensor,
@@ -231,20 +248,37 @@ def forward(
 
 def _attend(score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of the windows of a chunk."""
-    scores = score(query, key, chunk)
+    result = _attend_seen(score, query, key, value, chunk, None)
+    if any(score.windows.shifts) and is_tainted(result[0]):
+        return _attend_seen(score, query, key, value, chunk, score.hidden(chunk))
+    return result
+
+
+def _attend_seen(
+    score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, hidden: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same, with hidden pairs left out where they are given."""
+    scores = hide(score(query, key, chunk), hidden, float("-inf"))
     largest = scores.amax(-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True)
-    result = torch.bmm(weights.to(value.dtype), value).to(score.dtype).div_(total)
-    return result, total.log_().add_(largest)
+    rounded = weights.to(value.dtype)
+    result = torch.bmm(rounded, value) if hidden is None else product_of_seen(rounded, hidden, value)
+    return result.to(score.dtype).div_(total), total.log_().add_(largest)
 
 
 def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """The same without masks, by the kernel of scaled_dot_product_attention, which never stores the scores."""
+    """The same without masks, by the kernel of scaled_dot_product_attention, which never stores the scores.
+
+    It takes some NaN for masked keys, and infinities in bfloat16 for numbers: then the scores are stored after all.
+    """
     bias = None if score.bias is None else score.bias[None]
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=bias, scale=score.scale
     )
+    # With fewer keys than a vector register holds the logsumexp does not tell of rows that are NaN throughout.
+    if is_tainted(logsumexp) or (score.windows.tokens < FEW_KEYS and is_tainted(query, key)):
+        return _attend(score, *(tokens.flatten(0, 1) for tokens in (query, key, value)), chunk)
     return output, logsumexp.contiguous()
 
 
@@ -280,6 +314,10 @@ def backward(
         # Not exp(scores - logsumexp): that would carry over the rounding of a large logsumexp, for the same time.
         weights = score(*inputs[:2], chunk).softmax(-1)
         of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:])
+        if any(windows.shifts) and _are_tainted(of_scores, *results):
+            hidden = score.hidden(chunk)
+            weights = hide(hide(score(*inputs[:2], chunk), hidden, float("-inf")).softmax(-1), hidden, 0.0)
+            of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:], hidden)
         if needs_gradient[3]:
             of_bias.add_(of_scores.view(-1, *of_bias.shape).sum(0))
         for result, gradient in zip(results, gradients, strict=True):
@@ -291,23 +329,47 @@ def backward(
     return result
 
 
+def _are_tainted(
+    of_scores: Optional[Tensor], of_query: Optional[Tensor], of_key: Optional[Tensor], of_value: Optional[Tensor]
+) -> bool:
+    """Whether gradients of a chunk may not be finite: a NaN of any input is in those of queries and of keys."""
+    narrow = of_key if of_query is None else of_query
+    return is_tainted(narrow) if narrow is not None else is_tainted(of_scores, of_value)
+
+
 def _chunk_gradients(
-    weights: Tensor, inputs: Sequence[Tensor], scale: float, needs_gradient: Sequence[bool], buffers: Sequence[Buffer]
+    weights: Tensor,
+    inputs: Sequence[Tensor],
+    scale: float,
+    needs_gradient: Sequence[bool],
+    buffers: Sequence[Buffer],
+    hidden: Optional[Tensor] = None,
 ) -> tuple[Optional[Tensor], ...]:
-    """Gradients of scores, query, key and value of one chunk, in the buffers; None for what is not needed."""
+    """Gradients of scores, query, key and value of one chunk, in the buffers; None for what is not needed.
+
+    Args:
+        hidden: pairs to leave out whatever they hold.
+    """
     query, key, value, grad_output = inputs
     for_scores, for_query, for_key, for_value = buffers
     of_scores = of_query = of_key = of_value = None
+
+    def product(buffer: Buffer, pairs: Tensor, tokens: Tensor, factor: float = 1.0) -> Tensor:
+        if hidden is None:
+            return buffer.product(pairs, tokens, factor)
+        return product_of_seen(pairs, hidden, tokens).mul_(factor)  # the border separates both ways
+
     if needs_gradient[2]:
-        of_value = for_value.product(weights.to(value.dtype).transpose(1, 2), grad_output)
+        of_value = product(for_value, weights.to(value.dtype).transpose(1, 2), grad_output)
     if any((needs_gradient[0], needs_gradient[1], needs_gradient[3])):
-        of_scores = for_scores.product(grad_output, value.transpose(1, 2)).to(weights.dtype).mul_(weights)
+        of_weights = hide(for_scores.product(grad_output, value.transpose(1, 2)).to(weights.dtype), hidden, 0.0)
+        of_scores = of_weights.mul_(weights)
         of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
-        rounded = of_scores.to(query.dtype)
+        rounded = hide(of_scores, hidden, 0.0).to(query.dtype)
     if needs_gradient[0]:
-        of_query = for_query.product(rounded, key, scale)
+        of_query = product(for_query, rounded, key, scale)
     if needs_gradient[1]:
-        of_key = for_key.product(rounded.transpose(1, 2), query, scale)
+        of_key = product(for_key, rounded.transpose(1, 2), query, scale)
     return of_scores, of_query, of_key, of_value
 
 

@@ -88,6 +88,22 @@ def _next(window, rectangle):
 
 
 @triton.jit
+def _finite(tokens):
+    """With zeros for what is no finite number."""
+    return tl.where(tokens.to(tl.float32) * 0.0 == 0.0, tokens, 0.0).to(tokens.dtype)
+
+
+@triton.jit
+def _lost(left, right, bias):
+    """NaN for the slots of windows that hold a NaN or an infinity in either tensor, else 0: (slots,).
+
+    The windows of a block may be of different images, and their products meet: 0 times NaN would bring it to all.
+    """
+    bad = tl.sum(left.to(tl.float32) * 0.0, 1) + tl.sum(right.to(tl.float32) * 0.0, 1)
+    return tl.sum(tl.where(bias == float("-inf"), 0.0, bad[None, :]), 1)
+
+
+@triton.jit
 def forward_whole_kernel(
     query,
     key,
@@ -119,10 +135,15 @@ def forward_whole_kernel(
         position, valid = locate(slot, window, plan, WINDOW, WINDOW[1], PACK, SHIFTED)
         queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, position, head, valid, HEAD_DIM, CHANNELS)
+        if PACK > 1:
+            lost = _lost(keys, values, bias)
+            keys, values = _finite(keys), _finite(values)
         scores = scores_of(queries, keys, bias, scale, PRECISION)
         largest = tl.max(scores, 1)
         weights = tl.exp2(scores - largest[:, None])
         total = tl.sum(weights, 1)
+        if PACK > 1:
+            total += lost
         state = (largest, total, multiply(weights, values, PRECISION))
         store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
         following = _next(following, rectangle)
@@ -167,12 +188,17 @@ def backward_whole_kernel(
         position, valid = locate(slot, window, plan, WINDOW, WINDOW[1], PACK, SHIFTED)
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, position, head, valid, HEAD_DIM, CHANNELS)
+        if PACK > 1:
+            lost = _lost(keys, values, bias) + _lost(queries, grads, bias)
+            queries, keys, values, grads = _finite(queries), _finite(keys), _finite(values), _finite(grads)
         scores = scores_of(queries, keys, bias, scale, PRECISION)
         # the maximum and the sum apart: a logsumexp would carry over the rounding of large scores
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         weights = weights * (1.0 / tl.sum(weights, 1))[:, None]
         if grad_value is not None:
             of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
+            if PACK > 1:
+                of_values += lost[:, None]
             store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
         if grad_query is not None or grad_key is not None or partial is not None:
             of_weights = multiply(grads, tl.trans(values), PRECISION)
@@ -180,12 +206,18 @@ def backward_whole_kernel(
             of_scores = products - weights * tl.sum(products, 1)[:, None]
             if partial is not None:
                 grad_bias += of_scores
+                if PACK > 1:
+                    grad_bias += lost[:, None]
             of_scores = of_scores.to(keys.dtype)
             if grad_query is not None:
                 of_queries = multiply(of_scores, keys, PRECISION) * scale
+                if PACK > 1:
+                    of_queries += lost[:, None]
                 store_map(grad_query, of_queries, position, head, valid, HEAD_DIM, CHANNELS)
             if grad_key is not None:
                 of_keys = multiply(tl.trans(of_scores), queries, PRECISION) * scale
+                if PACK > 1:
+                    of_keys += lost[:, None]
                 store_map(grad_key, of_keys, position, head, valid, HEAD_DIM, CHANNELS)
         following = _next(following, rectangle)
     if partial is not None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import ops
 
+from ..blocks.deformable import deform_conv2d
+
 MODULE = "mmcv._ext"
 
 
@@ -96,7 +98,7 @@ def roi_align_forward(
     if pool_mode != 1:
         raise NotImplementedError('RoIAlign with pool_mode="max" needs a compiled mmcv; use pool_mode="avg"')
     size = (aligned_height, aligned_width)
-    output.copy_(ops.roi_align(_wide(input), _wide(rois), size, spatial_scale, sampling_ratio, aligned))
+    output.copy_(_roi_align(_wide(input), _wide(rois), size, spatial_scale, sampling_ratio, aligned))
 
 
 def roi_align_backward(
@@ -116,10 +118,19 @@ def roi_align_backward(
     size = (aligned_height, aligned_width)
 
     def align(x: Tensor) -> Tensor:
-        return ops.roi_align(x, _wide(rois), size, spatial_scale, sampling_ratio, aligned)
+        return _roi_align(x, _wide(rois), size, spatial_scale, sampling_ratio, aligned)
 
     # linear in the map: its gradient is the same at any value, and MMCV does not keep the map
     _write([grad_input], _gradients(align, [grad_input], grad_output))
+
+
+def _roi_align(x: Tensor, rois: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
+    """torchvision's, for rois that may hold NaN or infinity: their values are NaN, and nothing outside x is read."""
+    lost = (rois * 0.0).sum(1)[:, None, None, None]
+    # Boxes that are no boxes are read far outside the map, where there are zeros and no gradient.
+    nowhere = torch.cat([torch.zeros_like(rois[:, :1]), torch.full_like(rois[:, 1:], -1e6)], 1)
+    rois = torch.where(rois.isfinite().all(1, keepdim=True), rois, nowhere)
+    return ops.roi_align(x, rois, size, *options) + lost
 
 
 def deform_conv_forward(
@@ -234,7 +245,7 @@ def _deform_conv(
     **geometry: tuple[int, int],
 ) -> Tensor:
     mask, bias = (None if value is None else _wide(value) for value in (mask, bias))
-    return ops.deform_conv2d(_wide(input), _wide(offset), _wide(weight), bias, mask=mask, **geometry)
+    return deform_conv2d(_wide(input), _wide(offset), _wide(weight), bias, mask=mask, **geometry)
 
 
 def ms_deform_attn_forward(
