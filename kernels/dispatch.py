@@ -2,8 +2,8 @@
 
 An operator is declared once, by an :class:`Operator` with its schema, its argument check and its backends. From that
 the class registers ``torch.ops.vicinal.<name>`` and ``torch.ops.vicinal.<name>_backward`` with fake implementations,
-autograd, autocast, vmap (an error) and flop counts, so that eager mode, TorchScript, FX, ``torch.compile`` and
-``torch.export`` all meet the same operator. Three backends can stand behind it:
+autograd, vmap, autocast and flop counts, so that eager mode, TorchScript, FX, ``torch.compile``, ``torch.export`` and
+``torch.func`` all meet the same operator. Three backends can stand behind it:
 
 ``reference``
     Plain differentiable PyTorch in float32. It bypasses the operator, and is what ONNX export sees.
@@ -31,6 +31,7 @@ from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import canonicalize
+from .transforms import register_autograd, register_vmap
 
 BACKENDS = ("auto", "reference", "tiled", "fused")
 ENVIRONMENT_VARIABLE = "VICINAL_KERNELS"
@@ -164,6 +165,7 @@ class Operator:
             needs_gradient is set. Dispatch brings each to the dtype of its argument. Both run below autograd and
             autocast, on non-empty tensors; on the CPU float16 arrives at tiled as float32.
         keys_per_query: ``keys_per_query(*arguments)`` for the flop counts, with shapes in the place of tensors.
+        shared: names of the tensor arguments that have no batch axis.
         autocast: names of the tensor arguments that autocast converts.
         fused: name of the module with the Triton kernels, imported when first needed. It has the functions of tiled and
             ``refuse(*arguments) -> str | None``: why it cannot run this call.
@@ -179,6 +181,7 @@ class Operator:
         reference: Callable[..., Tensor],
         tiled: ModuleType,
         keys_per_query: Callable[..., int],
+        shared: Sequence[str] = (),
         autocast: Sequence[str] = ("query", "key", "value"),
         fused: str | None = None,
     ) -> None:
@@ -195,9 +198,10 @@ class Operator:
         )
         self.forward_op = getattr(torch.ops.vicinal, name)
         self.backward_op = getattr(torch.ops.vicinal, f"{name}_backward")
-        self._read_schema(differentiable, autocast)
+        self._read_schema(differentiable, shared, autocast)
         self._register_implementations()
-        self._register_autograd()
+        register_autograd(self, _LIBRARY)
+        register_vmap(self, _LIBRARY)
         self._register_autocast()
         self._register_flops()
         _OPERATORS[name] = self
@@ -209,7 +213,7 @@ class Operator:
         bypass = selected_backend() == "reference" or torch.onnx.is_in_onnx_export() or unrecorded
         # The reference reads sizes and devices, which a proxy of torch.fx has not.
         if bypass and not isinstance(arguments[0], Proxy):
-            return self._run_reference(arguments)
+            return self.run_reference(arguments)
         return self.forward_op(*arguments)[0]
 
     def canonicalize(self, arguments: Sequence[Any]) -> tuple:
@@ -237,12 +241,13 @@ class Operator:
             return f"{self.name}: tiled, because it is forced\n{unused}"
         return f"{self.name}: tiled\n{unused}" if refusal else f"{self.name}: fused"
 
-    def _read_schema(self, differentiable: Sequence[str], autocast: Sequence[str]) -> None:
+    def _read_schema(self, differentiable: Sequence[str], shared: Sequence[str], autocast: Sequence[str]) -> None:
         declared = self.forward_op.default._schema.arguments
         self.names = tuple(argument.name for argument in declared)
         self.kinds = tuple(str(argument.type) for argument in declared)
         self.defaults = tuple(argument.default_value for argument in declared)
         self.differentiable = tuple(self.names.index(name) for name in differentiable)
+        self.shared = tuple(self.names.index(name) for name in shared)
         self.autocast = tuple(self.names.index(name) for name in autocast)
         self.signature = inspect.Signature(
             inspect.Parameter(
@@ -253,11 +258,12 @@ class Operator:
             for argument in declared
         )
 
-    def _complete(self, arguments: Sequence[Any]) -> tuple:
+    def complete(self, arguments: Sequence[Any]) -> tuple:
         """Put back the trailing defaults, which torch's dispatcher leaves out."""
         return (*arguments, *self.defaults[len(arguments) :])
 
-    def _run_reference(self, arguments: tuple) -> Tensor:
+    def run_reference(self, arguments: tuple) -> Tensor:
+        """The output by the reference, of arguments as the operator takes them."""
         device_type = arguments[0].device.type
         if not torch.is_autocast_enabled(device_type):
             arguments = self.unpacked(arguments)
@@ -308,10 +314,9 @@ class Operator:
         _LIBRARY.impl(f"{self.name}_backward", self._backward, "CompositeExplicitAutograd")
         for name, fake in ((self.name, self._fake_forward), (f"{self.name}_backward", self._fake_backward)):
             torch.library.register_fake(f"vicinal::{name}", fake, lib=_LIBRARY)
-            torch.library.register_vmap(f"vicinal::{name}", self._refuse_vmap, lib=_LIBRARY)
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        arguments = self._complete(arguments)
+        arguments = self.complete(arguments)
         unpacked = self.unpacked(arguments)
         self.check(*unpacked)
         if arguments[0].numel() == 0:
@@ -322,7 +327,7 @@ class Operator:
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
         grad_output, output, logsumexp, needs_gradient, *arguments = arguments
-        arguments = self._complete(arguments)
+        arguments = self.complete(arguments)
         wanted = self._wanted(needs_gradient, arguments)
         if grad_output.numel() == 0:
             return [tensor.new_zeros(tensor.shape) for tensor in wanted]
@@ -341,7 +346,7 @@ class Operator:
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         # Tensors on the meta device come here too, eagerly; only traced ones have sizes that a check must not read.
         if not any(isinstance(value, FakeTensor) for value in arguments):
-            self.check(*self.unpacked(self._complete(arguments)))
+            self.check(*self.unpacked(self.complete(arguments)))
         return self._allocate(arguments)
 
     def _allocate(self, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -351,43 +356,39 @@ class Operator:
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
         _, _, _, needs_gradient, *arguments = arguments
-        return [tensor.new_empty(tensor.shape) for tensor in self._wanted(needs_gradient, self._complete(arguments))]
+        return [tensor.new_empty(tensor.shape) for tensor in self._wanted(needs_gradient, self.complete(arguments))]
 
     def _wanted(self, needs_gradient: Sequence[bool], arguments: tuple) -> list[Tensor]:
         return [arguments[index] for index, needed in zip(self.differentiable, needs_gradient, strict=True) if needed]
 
-    def _refuse_vmap(self, *_: Any) -> None:
-        raise NotImplementedError(f"{self.name} has no vmap rule; fold the mapped axis into the batch axis")
-
-    def _register_autograd(self) -> None:
-        torch.library.register_autograd(
-            f"vicinal::{self.name}", self._differentiate, setup_context=self._setup_context, lib=_LIBRARY
-        )
-        torch.library.register_autograd(f"vicinal::{self.name}_backward", self._refuse_double_backward, lib=_LIBRARY)
-
-    def _setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        inputs = self._complete(inputs)
+    def setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        """What :meth:`differentiate` needs of a call, for autograd to keep."""
+        ctx.given = len(inputs)
+        inputs = self.complete(inputs)
         ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.tensors = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.save_for_backward(*output, *(inputs[index] for index in ctx.tensors))
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
-    def _differentiate(self, ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
+    def differentiate(self, ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
+        """Gradients of the arguments that were given, None where there is none."""
         if grad_output is None:
-            return (None,) * len(ctx.options)
+            return (None,) * ctx.given
         output, logsumexp, *tensors = ctx.saved_tensors
         arguments = list(ctx.options)
         for index, tensor in zip(ctx.tensors, tensors, strict=True):
             arguments[index] = tensor
-        needs_gradient = [index in ctx.tensors and ctx.needs_input_grad[index] for index in self.differentiable]
+        needed = ctx.needs_input_grad[1:]  # before the arguments stands the set of dispatch keys
+        needs_gradient = [index in ctx.tensors and needed[index] for index in self.differentiable]
         gradients = iter(self.backward_op(grad_output, output, logsumexp, needs_gradient, *arguments))
         result = [None] * len(arguments)
         for index, needed in zip(self.differentiable, needs_gradient, strict=True):
             result[index] = next(gradients) if needed else None
-        return tuple(result)
+        return tuple(result[: ctx.given])
 
-    def _refuse_double_backward(self, ctx: Any, *_: Any) -> None:
+    def refuse_double_backward(self, ctx: Any, *_: Any) -> None:
+        """Say how to have a second derivative."""
         raise RuntimeError(
             f"{self.name} has no second derivative; for one, run the forward under vicinal.kernels.backend('reference')"
         )
@@ -423,7 +424,7 @@ class Operator:
 
         def count(arguments: Sequence[Any], of_keys: int, of_values: int) -> int:
             """Flops of some products with the channels of the keys and some with those of the values."""
-            arguments = self.unpacked(self._complete(arguments))
+            arguments = self.unpacked(self.complete(arguments))
             *queries, head_dim = arguments[0]
             channels = of_keys * head_dim + of_values * arguments[2][-1]
             return 2 * torch.Size(queries).numel() * self.keys_per_query(*arguments) * channels

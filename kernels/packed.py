@@ -41,6 +41,7 @@ class PackedOperator(Operator):
             reference=operator.reference,
             tiled=operator.tiled,
             keys_per_query=operator.keys_per_query,
+            shared=[operator.names[index] for index in operator.shared],
             autocast=("packed",),
             fused=operator.fused,
         )

@@ -27,6 +27,7 @@ _OPERATOR = Operator(
         "value_weights",
     ),
     autocast=("query", "key", "value", "pooled_key", "pooled_value"),
+    shared=("local_bias", "pooled_bias"),
     check=checks.check_aggregated_attention,
     reference=reference.aggregated_attention,
     tiled=tiled,

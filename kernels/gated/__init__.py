@@ -16,6 +16,7 @@ _OPERATOR = Operator(
     "gated_positional_attention",
     "Tensor query, Tensor key, Tensor value, Tensor position_scores, Tensor gate, float? scale=None",
     differentiable=("query", "key", "value", "position_scores", "gate"),
+    shared=("position_scores", "gate"),
     check=checks.check_gated_positional_attention,
     reference=reference.gated_positional_attention,
     tiled=tiled,

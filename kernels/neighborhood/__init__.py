@@ -20,6 +20,7 @@ _OPERATOR = Operator(
     "Tensor query, Tensor key, Tensor value, SymInt[] kernel_size, int[] stride=[1], int[] dilation=[1], "
     "bool[] is_causal=[False], Tensor? relative_position_bias=None, float? scale=None",
     differentiable=("query", "key", "value", "relative_position_bias"),
+    shared=("relative_position_bias",),
     check=checks.check_neighborhood_attention,
     reference=reference.neighborhood_attention,
     tiled=tiled,

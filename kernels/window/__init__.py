@@ -17,6 +17,7 @@ _OPERATOR = Operator(
     "Tensor query, Tensor key, Tensor value, int[] window_size, str partition='block', int[] shift=[0], "
     "Tensor? relative_position_bias=None, float? scale=None",
     differentiable=("query", "key", "value", "relative_position_bias"),
+    shared=("relative_position_bias",),
     check=checks.check_window_attention,
     reference=reference.window_attention,
     tiled=tiled,

@@ -1,0 +1,176 @@
+"""Derivatives and batching of the registered operators: what autograd and ``torch.func`` make of them.
+
+Reverse mode calls the backward operator. Forward mode runs the reference, whose parts torch knows how to differentiate,
+and so does forward over reverse. ``vmap`` folds the mapped axis into the batch. ``torch.library.register_autograd``,
+which has reverse mode alone, drops tangents and refuses every transform of ``torch.func``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import make_dual, unpack_dual
+from torch.autograd.function import Function, _SingleLevelFunction
+
+if TYPE_CHECKING:
+    from .dispatch import Operator
+
+STATISTICS = 4
+"""Arguments of a backward operator before those of its forward: grad_output, output, logsumexp, needs_gradient."""
+
+
+def has_tangents(values: Sequence[Any]) -> bool:
+    """Whether forward-mode AD follows one of the tensors, at the innermost level of ``torch.func``."""
+    return any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in values)
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of ``torch.func`` is at work, or forward-mode AD follows one of the tensors.
+
+    A function in C++ that knows one derivative and no batching gives way to its formula then.
+    """
+    return torch._C._are_functorch_transforms_active() or has_tangents(tensors)
+
+
+def register_autograd(operator: "Operator", library: torch.library.Library) -> None:
+    """Register the derivatives of an operator and of its backward operator."""
+    for op, setup_context, differentiate, by_reference in (
+        (operator.forward_op, operator.setup_context, operator.differentiate, _forward_by_reference),
+        (operator.backward_op, _save_nothing, operator.refuse_double_backward, _backward_by_reference),
+    ):
+        kernel = _autograd_kernel(op.default, setup_context, differentiate, _bound(by_reference, operator))
+        library.impl(op.default.name().partition("::")[2], kernel, "Autograd", with_keyset=True)
+
+
+def _bound(function: Callable, operator: "Operator") -> Callable:
+    return lambda *arguments: function(operator, *arguments)
+
+
+def _save_nothing(*_: Any) -> None:
+    """A backward operator has no second derivative to save for."""
+
+
+def _autograd_kernel(
+    op: torch._ops.OpOverload, setup_context: Callable, differentiate: Callable, by_reference: Callable
+) -> Callable:
+    """What runs at the autograd key, on each level of ``torch.func`` for itself."""
+
+    def below(keyset: torch._C.DispatchKeySet, arguments: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        # The levels of torch.func below this one differentiate too, which a Function turns off while it runs.
+        with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            outputs = tuple(below(keyset, arguments))
+        setup_context(ctx, arguments, outputs)
+        return outputs
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *differentiate(ctx, *gradients))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    eager = type(f"{op._opname}_autograd", (Function,), methods)
+    # A Function refuses to run inside torch.func; this base takes the level that it finds itself in.
+    one_level = type(f"{op._opname}_autograd", (_SingleLevelFunction,), methods)
+
+    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if has_tangents(arguments):
+            return by_reference(*arguments)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return below(keyset, arguments)
+        if not torch._C._are_functorch_transforms_active():
+            return eager.apply(keyset, *arguments)
+        with enable_single_level_autograd_function():
+            return one_level.apply(keyset, *arguments)
+
+    return kernel
+
+
+def _forward_by_reference(operator: "Operator", *arguments: Any) -> tuple[Tensor, Tensor]:
+    arguments = operator.complete(arguments)
+    primals = (unpack_dual(value).primal if isinstance(value, Tensor) else value for value in arguments)
+    with torch.no_grad():
+        _, logsumexp = operator.forward_op(*primals)
+    return operator.run_reference(arguments).contiguous(), logsumexp
+
+
+def _backward_by_reference(operator: "Operator", *arguments: Any) -> list[Tensor]:
+    """The gradients as autograd has them of the reference, so that tangents pass through."""
+    grad_output, _, _, needs_gradient, *arguments = arguments
+    arguments = list(operator.complete(arguments))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        wanted = []
+        for index, needed in zip(operator.differentiable, needs_gradient, strict=True):
+            if needed:
+                arguments[index] = _variable(arguments[index])
+                wanted.append(arguments[index])
+        output = operator.run_reference(tuple(arguments))
+        gradients = torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph)
+    return [gradient.contiguous() for gradient in gradients]
+
+
+def _variable(tensor: Tensor) -> Tensor:
+    """The tensor as a variable of its own, whatever other argument it is too, with its tangent."""
+    if tensor.requires_grad:
+        return tensor.view_as(tensor)
+    primal, tangent = unpack_dual(tensor)
+    with enable_inplace_requires_grad(True):  # torch.func forbids it to those who differentiate, not to an operator
+        variable = primal.detach().requires_grad_()
+    return variable if tangent is None else make_dual(variable, tangent)
+
+
+def register_vmap(operator: "Operator", library: torch.library.Library) -> None:
+    """Register what ``torch.func.vmap`` does with an operator and its backward operator."""
+
+    def forward(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+        mapped = any(in_dims[index] is not None for index in operator.shared if index < len(arguments))
+        run = _one_by_one if mapped else _folded
+        return run(operator.forward_op, operator.shared, info.batch_size, in_dims, arguments)
+
+    def backward(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+        shared = [STATISTICS + index for index in operator.shared]
+        wanted = zip(operator.differentiable, arguments[STATISTICS - 1], strict=True)
+        # The gradient of what all images share is a sum over the batch, of which each mapped call has its own.
+        alone = any(needed and index in operator.shared for index, needed in wanted)
+        alone = alone or any(in_dims[index] is not None for index in shared if index < len(arguments))
+        run = _one_by_one if alone else _folded
+        return run(operator.backward_op, shared, info.batch_size, in_dims, arguments)
+
+    torch.library.register_vmap(operator.forward_op.default.name(), forward, lib=library)
+    torch.library.register_vmap(operator.backward_op.default.name(), backward, lib=library)
+
+
+def _folded(
+    op: Callable, shared: Sequence[int], size: int, in_dims: Sequence[int | None], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """One call with the mapped axis in the batch."""
+    folded = list(arguments)
+    for index, (value, axis) in enumerate(zip(arguments, in_dims, strict=True)):
+        if isinstance(value, Tensor) and index not in shared:
+            mapped = value.expand(size, *value.shape) if axis is None else value.movedim(axis, 0)
+            folded[index], batch = mapped.flatten(0, 1), mapped.shape[1]
+    outputs = op(*folded)
+    unfolded = type(outputs)(output.unflatten(0, (size, batch)) for output in outputs)
+    return unfolded, type(outputs)(0 for _ in outputs)
+
+
+def _one_by_one(
+    op: Callable, shared: Sequence[int], size: int, in_dims: Sequence[int | None], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """A call for each place of the mapped axis."""
+    calls = [
+        op(
+            *(
+                value.select(axis, place) if isinstance(value, Tensor) and axis is not None else value
+                for value, axis in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for place in range(size)
+    ]
+    outputs = [torch.stack(column) for column in zip(*calls, strict=True)]
+    return type(calls[0])(outputs), type(calls[0])(0 for _ in outputs)
