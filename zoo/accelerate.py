@@ -6,6 +6,7 @@ modules into these classes in place, so that parameters, buffers, names, hooks a
 
 import re
 from dataclasses import dataclass
+from math import isqrt
 from typing import Callable, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from ..kernels import gated_positional_attention, halo_attention, window_attention
 from .blocks.halo import relative_logits
 from .blocks.padding import crop, pad_to_multiple
+from .convit import position_offsets
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,24 @@ def _refusal(model: nn.Module, left: Mapping[str, str]) -> str:
     )
 
 
-class SwinTransformerBlock(swin_transformer.SwinTransformerBlock):
+class Accelerated:
+    """What the classes below share.
+
+    Attributes:
+        operator: of :mod:`vicinal.kernels` that computes the attention.
+    """
+
+    operator: str
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse torch.jit.script, which calls this and cannot compile methods that call those of timm's class."""
+        raise RuntimeError(
+            f"torch.jit.script takes no accelerated {type(self).__name__}: script the network that timm built, without "
+            "accelerate(), or use torch.jit.trace or torch.compile"
+        )
+
+
+class SwinTransformerBlock(Accelerated, swin_transformer.SwinTransformerBlock):
     """Windows, shifted ones too. timm adds -100 where tokens of a window must not see each other; here it is -inf."""
 
     operator = "window_attention"
@@ -113,7 +132,7 @@ class SwinTransformerBlock(swin_transformer.SwinTransformerBlock):
         return crop_shifted(attn.proj_drop(attn.proj(x)), height, width, window, shift)
 
 
-class PartitionAttentionCl(maxxvit.PartitionAttentionCl):
+class PartitionAttentionCl(Accelerated, maxxvit.PartitionAttentionCl):
     """Windows or a grid of a map (B, H, W, C)."""
 
     operator = "window_attention"
@@ -128,7 +147,7 @@ class PartitionAttentionCl(maxxvit.PartitionAttentionCl):
         return _attend_partition(self.attn, x, self.partition_size, "block" if self.partition_block else "grid")
 
 
-class PartitionAttention2d(maxxvit.PartitionAttention2d):
+class PartitionAttention2d(Accelerated, maxxvit.PartitionAttention2d):
     """Windows or a grid of a map (B, C, H, W)."""
 
     operator = "window_attention"
@@ -143,7 +162,7 @@ class PartitionAttention2d(maxxvit.PartitionAttention2d):
         return _attend_partition_2d(self.attn, x, self.partition_size, "block" if self.partition_block else "grid")
 
 
-class ParallelPartitionAttention(maxxvit.ParallelPartitionAttention):
+class ParallelPartitionAttention(Accelerated, maxxvit.ParallelPartitionAttention):
     """Windows and a grid of a map (B, H, W, C), side by side."""
 
     operator = "window_attention"
@@ -159,7 +178,7 @@ class ParallelPartitionAttention(maxxvit.ParallelPartitionAttention):
         return torch.cat([block, _attend_partition(self.attn_grid, x, self.partition_size, "grid")], dim=-1)
 
 
-class Attention2d(maxxvit.Attention2d):
+class Attention2d(Accelerated, maxxvit.Attention2d):
     """CoAtNet: one window, of the size of the map (B, C, H, W)."""
 
     operator = "window_attention"
@@ -177,7 +196,7 @@ class Attention2d(maxxvit.Attention2d):
         return _attend_partition_2d(self, x, window, "block")
 
 
-class SpatialBlock(davit.SpatialBlock):
+class SpatialBlock(Accelerated, davit.SpatialBlock):
     """DaViT's windows. Its attention between channels is no attention between tokens, and stays."""
 
     operator = "window_attention"
@@ -205,7 +224,7 @@ class SpatialBlock(davit.SpatialBlock):
 
 
 @register_notrace_module  # as timm's own: it keeps the coordinates of the last size
-class GPSA(convit.GPSA):
+class GPSA(Accelerated, convit.GPSA):
     """ConViT's tokens (B, N, C), which attend by content and by position."""
 
     operator = "gated_positional_attention"
@@ -215,10 +234,13 @@ class GPSA(convit.GPSA):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rel_indices.shape[1] != x.shape[1]:
+            # timm's own computation asks a linear layer for its weight, which quantized ones and adapters lack
+            side, like = isqrt(x.shape[1]), self.rel_indices
+            offsets = position_offsets([side, side], like.device, like.dtype)
+            self.rel_indices = offsets.reshape(1, x.shape[1], x.shape[1], 3)
         if _drops_weights(self):
             return super().forward(x)
-        if self.rel_indices.shape[1] != x.shape[1]:
-            self.rel_indices = self.get_rel_indices(x.shape[1])
         scores = self.pos_proj(self.rel_indices)[0].permute(2, 0, 1)  # (heads, N, N)
         query, key = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         value = self.v(x).unflatten(-1, (self.num_heads, -1))
@@ -226,7 +248,7 @@ class GPSA(convit.GPSA):
         return self.proj_drop(self.proj(x.flatten(2)))
 
 
-class HaloAttention(HaloAttn):
+class HaloAttention(Accelerated, HaloAttn):
     """HaloNet's blocks of a map (B, C, H, W) that they divide."""
 
     operator = "halo_attention"

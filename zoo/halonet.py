@@ -64,6 +64,8 @@ class HaloNet(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    legacy_onnx = "nothing"  # it gets the shapes of blocks and of lambda layers wrong
+
     def __init__(
         self,
         cfg: ByoModelCfg,

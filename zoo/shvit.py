@@ -204,6 +204,8 @@ class SHViT(Backbone):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
 
+    legacy_onnx = "any size"
+
     def __init__(
         self,
         in_chans: int = 3,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
-from vicinal.zoo.convit import ConViT, GatedPositionalAttention, expand_position_scores
+from vicinal.zoo.convit import ConViT, GatedPositionalAttention
 
 
 def image(*shape: int) -> Tensor:
@@ -39,8 +39,9 @@ def test_logits_and_start_are_those_of_timm(pool: str, side: int):
 
 
 def test_position_scores_are_the_linear_map_of_every_offset():
-    weight, bias = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
-    scores = expand_position_scores(weight, bias, [2, 3])
+    attention = GatedPositionalAttention(4, 2, dtype=torch.float64)
+    weight, bias = attention.pos_proj.weight, attention.pos_proj.bias
+    scores = attention.position_scores(image(1, 2, 3, 4).double())
     positions = [(y, x) for y in range(2) for x in range(3)]
     for query, (y, x) in enumerate(positions):
         for key, (other_y, other_x) in enumerate(positions):
@@ -75,7 +76,7 @@ def test_values_pass_unchanged_at_the_start_also_after_to_empty():
 def test_embeddings_follow_rectangular_images():
     square = create()
     wide = create(img_size=(64, 96))
-    assert wide.stem.pos_embed.shape == (1, 24, 128)
+    assert wide.stem.pos_embed.shape == (1, 4, 6, 128)
     wide.load_state_dict(wide.adapt_state_dict(square.state_dict()))
     # resized once on loading, or in every forward pass: the same interpolation
     torch.testing.assert_close(square(image(1, 3, 64, 96)), wide(image(1, 3, 64, 96)))
