@@ -86,7 +86,7 @@ class ContinuousPositionBias(nn.Module):
             column_offsets, column_index = _axis_offsets(width, columns, like.device)
             across = self._log_spaced(column_offsets)
         table = torch.stack(torch.meshgrid([down, across], indexing="ij"), dim=-1).to(like.dtype)
-        bias = self.fc2(F.relu(self.fc1(table), inplace=True))  # (row offsets, column offsets, heads)
+        bias = self.fc2(F.relu(self.fc1(table)))  # (row offsets, column offsets, heads)
         index = row_index[:, None, :, None] * column_offsets.shape[0] + column_index[:, None, :]
         return F.embedding(index, bias.flatten(0, 1)).permute(4, 0, 1, 2, 3).contiguous()
 
