@@ -102,7 +102,7 @@ class Accelerated:
         """Refuse torch.jit.script, which calls this and cannot compile methods that call those of timm's class."""
         raise RuntimeError(
             f"torch.jit.script takes no accelerated {type(self).__name__}: script the network that timm built, without "
-            "accelerate(), or use torch.jit.trace or torch.compile"
+            "accelerate(), or use torch.compile"
         )
 
 

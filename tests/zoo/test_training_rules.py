@@ -315,3 +315,66 @@ def test_exemptions_from_weight_decay_are_those_of_the_recipe(name: str):
 def test_factors_of_the_learning_rate_are_those_of_the_recipe(name: str):
     offsets = {f"stages.{stage}.downsample.offset.weight": 0.01 for stage in (1, 2, 3)}
     assert create(name).learning_rate_scales() == (offsets if name == "litv2_pico" else {})
+
+
+RATES = {"drop_rate": 0.1, "proj_drop_rate": 0.2, "attn_drop_rate": 0.3}
+# Families without one of the options: their papers have no such dropout.
+WITHOUT = {"shvit": {"proj_drop_rate", "attn_drop_rate"}}
+WITHOUT["halonet"] = WITHOUT["lamhalobotnet"] = WITHOUT["shvit"]
+
+
+@names
+def test_each_dropout_has_its_own_rate_and_place(name: str):
+    rates = {key: rate for key, rate in RATES.items() if key not in WITHOUT.get(family_of(name), ())}
+    model = create(name, **rates)
+    found: dict[str, set[float]] = {}
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            place = "head" if key.startswith("head.") else "weights" if key.endswith("attn_drop") else "projections"
+            found.setdefault(place, set()).add(module.p)
+    expected = {"head": {0.1}, "projections": {0.2}, "weights": {0.3}}
+    if "proj_drop_rate" not in rates:
+        expected = {"head": {0.1}}
+    assert {place: {p for p in rates if p} for place, rates in found.items()} == expected
+    if "proj_drop_rate" in rates:
+        mixers = [key for key, module in model.named_modules() if key.endswith("proj_drop") and module.p == 0.2]
+        mlps = [key for key, module in model.named_modules() if ".mlp.drop" in key and module.p == 0.2]
+        # DaViT's attention between channels and stages without attention have none
+        assert len(mlps) >= len(mixers) > 0
+
+
+# eps of the norms of every kind, by family; timm's own norm-and-activation layers count as batch norms.
+EPS = {
+    "nat_pico": {"LayerNorm": {1e-5}},
+    "dinat_s_tiny": {"LayerNorm": {1e-5}},
+    "nat_isotropic_small": {"LayerNorm": {1e-5}},
+    "vitrpb_small": {"LayerNorm": {1e-5}},
+    "davit_pico_vicinal": {"LayerNorm": {1e-5}},
+    "maxvit_pico": {"LayerNorm": {1e-5}, "BatchNorm": {1e-3}},
+    "litv2_pico": {"LayerNorm": {1e-5}, "BatchNorm": {1e-5}},
+    "convit_pico_vicinal": {"LayerNorm": {1e-6}},
+    "biformer_pico": {"LayerNorm": {1e-6}, "BatchNorm": {1e-5}},
+    "biformer_stl": {"LayerNorm": {1e-6}, "BatchNorm": {1e-5}},
+    "shvit_pico_vicinal": {"GroupNorm": {1e-5}, "BatchNorm": {1e-5}},
+    "halonet_pico": {"BatchNorm": {1e-5}},
+    "lamhalobotnet_pico": {"BatchNorm": {1e-5}},
+}
+
+
+@pytest.mark.parametrize("name", EPS)
+def test_norms_have_the_eps_of_the_official_code(name: str):
+    found: dict[str, set[float]] = {}
+    for module in timm.create_model(name, device="meta").modules():
+        kind = next((kind for kind in ("LayerNorm", "GroupNorm", "BatchNorm") if kind in type(module).__name__), None)
+        if kind and hasattr(module, "eps"):
+            found.setdefault(kind, set()).add(module.eps)
+            assert kind != "BatchNorm" or module.momentum == 0.1
+    assert found == EPS[name]
+
+
+@names
+def test_features_are_those_of_the_last_stages(name: str):
+    count = len(timm.create_model(name, device="meta").stages)
+    levels = 3 if family_of(name) in ("shvit", "convit") else 4
+    backbone = timm.create_model(name, features_only=True, device="meta")
+    assert backbone.feature_info.module_name() == [f"stages.{index}" for index in range(count - levels, count)]
