@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import gated_positional_attention, halo_attention, window_attention
+from .backbone import check_legacy_onnx
 from .blocks.halo import relative_logits
 from .blocks.padding import crop, pad_to_multiple
 from .convit import position_offsets
@@ -94,9 +95,16 @@ class Accelerated:
 
     Attributes:
         operator: of :mod:`vicinal.kernels` that computes the attention.
+        legacy_onnx: see :class:`vicinal.zoo.backbone.Backbone`.
     """
 
     operator: str
+    legacy_onnx: str = "one size"
+
+    def check_export(self) -> None:
+        """Refuse what ONNX's TorchScript-based exporter would write wrongly of the operator."""
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            check_legacy_onnx(f"an accelerated {type(self).__name__}", self.legacy_onnx)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse torch.jit.script, which calls this and cannot compile methods that call those of timm's class."""
@@ -120,6 +128,7 @@ class SwinTransformerBlock(Accelerated, swin_transformer.SwinTransformerBlock):
         return super().forward(x)
 
     def _attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         attn, window, shift = self.attn, self.window_size, self.shift_size
         if _drops_weights(attn):
             return super()._attn(x)
@@ -142,6 +151,7 @@ class PartitionAttentionCl(Accelerated, maxxvit.PartitionAttentionCl):
         return _has_known_bias(module.attn)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         if _drops_weights(self.attn):
             return super()._partition_attn(x)
         return _attend_partition(self.attn, x, self.partition_size, "block" if self.partition_block else "grid")
@@ -157,6 +167,7 @@ class PartitionAttention2d(Accelerated, maxxvit.PartitionAttention2d):
         return _has_known_bias(module.attn)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         if _drops_weights(self.attn):
             return super()._partition_attn(x)
         return _attend_partition_2d(self.attn, x, self.partition_size, "block" if self.partition_block else "grid")
@@ -172,6 +183,7 @@ class ParallelPartitionAttention(Accelerated, maxxvit.ParallelPartitionAttention
         return _has_known_bias(module.attn_block) and _has_known_bias(module.attn_grid)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         if _drops_weights(self.attn_block):
             return super()._partition_attn(x)
         block = _attend_partition(self.attn_block, x, self.partition_size, "block")
@@ -188,6 +200,7 @@ class Attention2d(Accelerated, maxxvit.Attention2d):
         return module.rel_pos is not None and _has_known_bias(module)
 
     def forward(self, x: Tensor, shared_rel_pos: Optional[Tensor] = None) -> Tensor:
+        self.check_export()
         if _drops_weights(self) or shared_rel_pos is not None:
             return super().forward(x, shared_rel_pos)
         window = tuple(self.rel_pos.window_size)
@@ -216,6 +229,7 @@ class SpatialBlock(Accelerated, davit.SpatialBlock):
         return x.permute(0, 3, 1, 2)
 
     def _attend(self, x: Tensor) -> Tensor:
+        self.check_export()
         attn, window = self.attn, list(self.window_size)
         qkv = attn.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, attn.num_heads, -1))
         query, key, value = qkv.unbind(3)
@@ -234,6 +248,7 @@ class GPSA(Accelerated, convit.GPSA):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_export()
         if self.rel_indices.shape[1] != x.shape[1]:
             # timm's own computation asks a linear layer for its weight, which quantized ones and adapters lack
             side, like = isqrt(x.shape[1]), self.rel_indices
@@ -252,12 +267,14 @@ class HaloAttention(Accelerated, HaloAttn):
     """HaloNet's blocks of a map (B, C, H, W) that they divide."""
 
     operator = "halo_attention"
+    legacy_onnx = "nothing"  # it gets the shapes of blocks wrong
 
     @staticmethod
     def accepts(module: HaloAttn) -> bool:
         return True
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_export()
         query = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_head_qk))
         keys_and_values = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
         key, value = keys_and_values[..., : self.dim_head_qk], keys_and_values[..., self.dim_head_qk :]

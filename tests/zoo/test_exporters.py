@@ -166,6 +166,24 @@ def test_the_old_onnx_exporter_writes_any_size(name: str, tmp_path: Path):
         assert_same_logits(session, model, image(*size))
 
 
+@legacy
+@pytest.mark.parametrize("name", ["swin", "maxvit_tf", "maxvit_nchw", "maxvit_parallel", "coatnet", "davit", "convit"])
+def test_the_old_onnx_exporter_is_refused_other_sizes_of_accelerated_networks(name: str, tmp_path: Path):
+    """timm's own graphs take batches of any size; those of the operators hold the example's."""
+    model = create_timms(CASES[name]).float()
+    accelerate(model)
+    with pytest.raises(RuntimeError, match=r"would fix the sizes of an accelerated \w+ at those of the example"):
+        export_legacy(model, tmp_path / "model.onnx", image(1, 3, *CASES[name].size), [0])
+
+
+@legacy
+def test_the_old_onnx_exporter_is_refused_accelerated_halo_attention(tmp_path: Path):
+    model = create_timms(CASES["halonet"]).float()
+    accelerate(model)
+    with pytest.raises(RuntimeError, match=r"cannot export an accelerated HaloAttention: use dynamo=True"):
+        export_legacy(model, tmp_path / "model.onnx", image(1, 3, 64, 64), [])
+
+
 # One more pixel than the stride of the last map; twice the stride where merging leaves out what it does not divide.
 SMALLEST_EXAMPLE = {"shvit_pico_vicinal": 65, "convit_pico_vicinal": 17, "litv2_pico": 64}
 
