@@ -119,14 +119,11 @@ class GatedPositionalAttention(nn.Module):
     def position_scores(self, x: Tensor) -> Tensor:
         """Scores (heads, H * W, H * W) of every pair of positions of a map (B, H, W, dim), by their offset alone."""
         tokens = x.shape[1] * x.shape[2]
-        return self.pos_proj(self.offsets(x)).t().unflatten(1, [tokens, tokens]).contiguous()
-
-    def offsets(self, x: Tensor) -> Tensor:
-        """:func:`position_offsets` of a map, in the dtype that the layer reading them takes."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if not torch.jit.is_scripting() and not isinstance(self.pos_proj, PositionProjection):
-            dtype = x.dtype  # what stands in its place, a quantized layer or an adapter, reads what other layers read
-        return position_offsets([x.shape[1], x.shape[2]], x.device, dtype)
+        exact = True
+        if not torch.jit.is_scripting():
+            # what stands in its place, a quantized layer or an adapter, reads the dtype that other layers read
+            exact = isinstance(self.pos_proj, PositionProjection)
+        return self.pos_proj(offsets_of(x, exact)).t().unflatten(1, [tokens, tokens]).contiguous()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
         """Attention output, of the shape of ``query``."""
@@ -159,6 +156,12 @@ class GatedPositionalAttention(nn.Module):
 
 
 @register_notrace_function
+def offsets_of(x: Tensor, exact: bool) -> Tensor:
+    """:func:`position_offsets` of a map (B, H, W, dim) in its dtype, and if ``exact`` at least in float32."""
+    dtype = torch.float32 if exact and x.dtype != torch.float64 else x.dtype
+    return position_offsets([x.shape[1], x.shape[2]], x.device, dtype)
+
+
 def position_offsets(size: List[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """(dx, dy, dx^2 + dy^2) of the offset of each key from each query of a map, (H * W * H * W, 3)."""
     rows, columns = torch.arange(size[0], device=device), torch.arange(size[1], device=device)
