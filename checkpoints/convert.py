@@ -1,7 +1,9 @@
 """From a released layout to ours: rename by the family's key map, then hold the result against the model."""
 
 from collections.abc import Collection, Mapping, Sequence
+from math import isqrt
 
+import torch
 from torch import Tensor, nn
 
 from .files import unwrap
@@ -47,10 +49,36 @@ def convert(name: str, state_dict: Mapping[str, object], **model_args: object) -
     if classifier is not None and "num_classes" not in model_args:
         model = _build_on_meta(name, {"num_classes": len(classifier), **model_args})
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    renamed = {key: _unflatten(value, expected.get(key, ())) for key, value in renamed.items()}
+    # files of old or of exported networks lack these counters, with which no batch norm of the families computes
+    renamed |= {key: torch.zeros((), dtype=torch.int64) for key in expected if _is_counter(key) and key not in renamed}
     problems = _compare({key: tuple(value.shape) for key, value in renamed.items()}, expected)
     if problems:
         raise ValueError(f"{name}: the state dict does not fit:\n" + "\n".join(problems))
     return renamed
+
+
+def unflatten_tokens(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, tokens, dim) of a file that does not hold their grid, as (1, height, width, dim).
+
+    As many tokens as a square has are those of a square, as of every released file; others are those of the network's
+    ``grid``, if it has as many. What may be either, or neither, comes back as it is.
+    """
+    if embedding.ndim != 3:
+        return embedding
+    tokens = embedding.shape[1]
+    side, fits = isqrt(tokens), grid[0] * grid[1] == tokens
+    if side * side == tokens and (not fits or grid[0] == grid[1]):
+        return embedding.unflatten(1, (side, side))
+    return embedding.unflatten(1, grid) if fits and side * side != tokens else embedding
+
+
+def _unflatten(value: Tensor, expected: tuple[int, ...]) -> Tensor:
+    return unflatten_tokens(value, expected[1:3]) if value.ndim == 3 and len(expected) == 4 else value
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith(".num_batches_tracked")
 
 
 def _build_on_meta(name: str, model_args: Mapping[str, object]) -> nn.Module:

@@ -6,6 +6,7 @@ modules into these classes in place, so that parameters, buffers, names, hooks a
 
 import re
 from dataclasses import dataclass
+from math import isqrt
 from typing import Callable, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import gated_positional_attention, halo_attention, window_attention
+from .backbone import check_legacy_onnx
 from .blocks.halo import relative_logits
 from .blocks.padding import crop, pad_to_multiple
+from .convit import position_offsets
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,31 @@ def _refusal(model: nn.Module, left: Mapping[str, str]) -> str:
     )
 
 
-class SwinTransformerBlock(swin_transformer.SwinTransformerBlock):
+class Accelerated:
+    """What the classes below share.
+
+    Attributes:
+        operator: of :mod:`vicinal.kernels` that computes the attention.
+        legacy_onnx: see :class:`vicinal.zoo.backbone.Backbone`.
+    """
+
+    operator: str
+    legacy_onnx: str = "one size"
+
+    def check_export(self) -> None:
+        """Refuse what ONNX's TorchScript-based exporter would write wrongly of the operator."""
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            check_legacy_onnx(f"an accelerated {type(self).__name__}", self.legacy_onnx)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse torch.jit.script, which calls this and cannot compile methods that call those of timm's class."""
+        raise RuntimeError(
+            f"torch.jit.script takes no accelerated {type(self).__name__}: script the network that timm built, without "
+            "accelerate(), or use torch.compile"
+        )
+
+
+class SwinTransformerBlock(Accelerated, swin_transformer.SwinTransformerBlock):
     """Windows, shifted ones too. timm adds -100 where tokens of a window must not see each other; here it is -inf."""
 
     operator = "window_attention"
@@ -101,6 +128,7 @@ class SwinTransformerBlock(swin_transformer.SwinTransformerBlock):
         return super().forward(x)
 
     def _attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         attn, window, shift = self.attn, self.window_size, self.shift_size
         if _drops_weights(attn):
             return super()._attn(x)
@@ -113,7 +141,7 @@ class SwinTransformerBlock(swin_transformer.SwinTransformerBlock):
         return crop_shifted(attn.proj_drop(attn.proj(x)), height, width, window, shift)
 
 
-class PartitionAttentionCl(maxxvit.PartitionAttentionCl):
+class PartitionAttentionCl(Accelerated, maxxvit.PartitionAttentionCl):
     """Windows or a grid of a map (B, H, W, C)."""
 
     operator = "window_attention"
@@ -123,12 +151,13 @@ class PartitionAttentionCl(maxxvit.PartitionAttentionCl):
         return _has_known_bias(module.attn)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         if _drops_weights(self.attn):
             return super()._partition_attn(x)
         return _attend_partition(self.attn, x, self.partition_size, "block" if self.partition_block else "grid")
 
 
-class PartitionAttention2d(maxxvit.PartitionAttention2d):
+class PartitionAttention2d(Accelerated, maxxvit.PartitionAttention2d):
     """Windows or a grid of a map (B, C, H, W)."""
 
     operator = "window_attention"
@@ -138,12 +167,13 @@ class PartitionAttention2d(maxxvit.PartitionAttention2d):
         return _has_known_bias(module.attn)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         if _drops_weights(self.attn):
             return super()._partition_attn(x)
         return _attend_partition_2d(self.attn, x, self.partition_size, "block" if self.partition_block else "grid")
 
 
-class ParallelPartitionAttention(maxxvit.ParallelPartitionAttention):
+class ParallelPartitionAttention(Accelerated, maxxvit.ParallelPartitionAttention):
     """Windows and a grid of a map (B, H, W, C), side by side."""
 
     operator = "window_attention"
@@ -153,13 +183,14 @@ class ParallelPartitionAttention(maxxvit.ParallelPartitionAttention):
         return _has_known_bias(module.attn_block) and _has_known_bias(module.attn_grid)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
+        self.check_export()
         if _drops_weights(self.attn_block):
             return super()._partition_attn(x)
         block = _attend_partition(self.attn_block, x, self.partition_size, "block")
         return torch.cat([block, _attend_partition(self.attn_grid, x, self.partition_size, "grid")], dim=-1)
 
 
-class Attention2d(maxxvit.Attention2d):
+class Attention2d(Accelerated, maxxvit.Attention2d):
     """CoAtNet: one window, of the size of the map (B, C, H, W)."""
 
     operator = "window_attention"
@@ -169,6 +200,7 @@ class Attention2d(maxxvit.Attention2d):
         return module.rel_pos is not None and _has_known_bias(module)
 
     def forward(self, x: Tensor, shared_rel_pos: Optional[Tensor] = None) -> Tensor:
+        self.check_export()
         if _drops_weights(self) or shared_rel_pos is not None:
             return super().forward(x, shared_rel_pos)
         window = tuple(self.rel_pos.window_size)
@@ -177,7 +209,7 @@ class Attention2d(maxxvit.Attention2d):
         return _attend_partition_2d(self, x, window, "block")
 
 
-class SpatialBlock(davit.SpatialBlock):
+class SpatialBlock(Accelerated, davit.SpatialBlock):
     """DaViT's windows. Its attention between channels is no attention between tokens, and stays."""
 
     operator = "window_attention"
@@ -197,6 +229,7 @@ class SpatialBlock(davit.SpatialBlock):
         return x.permute(0, 3, 1, 2)
 
     def _attend(self, x: Tensor) -> Tensor:
+        self.check_export()
         attn, window = self.attn, list(self.window_size)
         qkv = attn.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, attn.num_heads, -1))
         query, key, value = qkv.unbind(3)
@@ -205,7 +238,7 @@ class SpatialBlock(davit.SpatialBlock):
 
 
 @register_notrace_module  # as timm's own: it keeps the coordinates of the last size
-class GPSA(convit.GPSA):
+class GPSA(Accelerated, convit.GPSA):
     """ConViT's tokens (B, N, C), which attend by content and by position."""
 
     operator = "gated_positional_attention"
@@ -215,10 +248,14 @@ class GPSA(convit.GPSA):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_export()
+        if self.rel_indices.shape[1] != x.shape[1]:
+            # timm's own computation asks a linear layer for its weight, which quantized ones and adapters lack
+            side, like = isqrt(x.shape[1]), self.rel_indices
+            offsets = position_offsets([side, side], like.device, like.dtype)
+            self.rel_indices = offsets.reshape(1, x.shape[1], x.shape[1], 3)
         if _drops_weights(self):
             return super().forward(x)
-        if self.rel_indices.shape[1] != x.shape[1]:
-            self.rel_indices = self.get_rel_indices(x.shape[1])
         scores = self.pos_proj(self.rel_indices)[0].permute(2, 0, 1)  # (heads, N, N)
         query, key = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         value = self.v(x).unflatten(-1, (self.num_heads, -1))
@@ -226,16 +263,18 @@ class GPSA(convit.GPSA):
         return self.proj_drop(self.proj(x.flatten(2)))
 
 
-class HaloAttention(HaloAttn):
+class HaloAttention(Accelerated, HaloAttn):
     """HaloNet's blocks of a map (B, C, H, W) that they divide."""
 
     operator = "halo_attention"
+    legacy_onnx = "nothing"  # it gets the shapes of blocks wrong
 
     @staticmethod
     def accepts(module: HaloAttn) -> bool:
         return True
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_export()
         query = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_head_qk))
         keys_and_values = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
         key, value = keys_and_values[..., : self.dim_head_qk], keys_and_values[..., self.dim_head_qk :]

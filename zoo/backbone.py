@@ -5,8 +5,9 @@ A family builds its parts and hands them to :class:`Backbone`; what it inherits 
 after ``to_empty`` and loading of every layout that :mod:`vicinal.checkpoints` knows.
 """
 
+import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar, List, Optional, Tuple, Union
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead, get_device_dtype, trunc_normal_
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..checkpoints import Layout, rename_keys
 from ..checkpoints.files import unwrap
 from ..timm_internals import FeatureGetterNet, feature_take_indices
+from .blocks.sizes import always
 
 Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
 
@@ -65,6 +67,8 @@ class Backbone(nn.Module):
     """
 
     layouts: ClassVar[tuple[Layout, ...]] = ()
+    legacy_onnx: ClassVar[str] = "one size"
+    """What ONNX's TorchScript-based exporter can do with the family: "any size", "one size" or "nothing"."""
 
     def __init__(
         self,
@@ -98,6 +102,8 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to the last map, normed and unpooled, in ``output_fmt``."""
+        if not torch.jit.is_scripting():
+            self.check_export(x)
         x = self._embed(x)
         x = self.stages(x)
         return self.norm(x)
@@ -126,7 +132,7 @@ class Backbone(nn.Module):
 
         Args:
             x: image (B, in_chans, H, W).
-            indices: the last n stages if int, all if None, else the stages listed.
+            indices: the last n stages if int, all if None, else the stages listed, in the order of the list.
             norm: apply the final norm to the last stage's map.
             stop_early: do not run the stages after the last one wanted.
             output_fmt: "NCHW" or "NHWC", layout of the maps returned.
@@ -138,7 +144,9 @@ class Backbone(nn.Module):
         assert output_fmt in ("NCHW", "NHWC"), "Output shape must be NCHW or NHWC."
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last_index = len(self.stages) - 1
-        intermediates = []
+        if not torch.jit.is_scripting():
+            self.check_export(x)
+        found: Dict[int, Tensor] = {}
         x = first = self._embed(x)
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 (TorchScript cannot slice a Sequential)
             stages = self.stages
@@ -149,12 +157,34 @@ class Backbone(nn.Module):
             x = stage(x)
             if index in take_indices:
                 tapped = self.norm(x) if norm and index == last_index else x
-                intermediates.append(self._to_format(self.as_map(tapped, first), output_fmt))
+                found[index] = self._to_format(self.as_map(tapped, first), output_fmt)
+        intermediates = [found[index] for index in take_indices]
         if intermediates_only:
             return intermediates
         if index == last_index:
             x = self.norm(x)
         return x, intermediates
+
+    @torch.jit.unused
+    def check_export(self, x: Tensor) -> None:
+        """Refuse an export whose file would fail at sizes other than the example's.
+
+        Raises:
+            RuntimeError: with what the exporter can do, and what does more.
+        """
+        if torch.compiler.is_exporting():
+            smallest = self.smallest_example()
+            message = f"export with dynamic sizes needs an example image of at least {smallest} x {smallest} pixels"
+            for size in (x.shape[2], x.shape[3]):
+                # torch takes a map of one row for a constant, which an example cannot show to be dynamic
+                if not always(size < smallest):
+                    torch._check(size >= smallest, lambda: message)
+        elif torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            check_legacy_onnx(type(self).__name__, self.legacy_onnx)
+
+    def smallest_example(self) -> int:
+        """Side of the smallest image whose last map has two rows and columns."""
+        return self.feature_info[len(self.stages) - 1]["reduction"] + 1
 
     def as_map(self, x: Tensor, first: Tensor) -> Tensor:
         """The output of a stage as a map, for families whose stages hold other tokens too; first: the stem's map."""
@@ -270,12 +300,66 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Backbone) -> dict[st
     return model.adapt_state_dict(state_dict)
 
 
+def check_legacy_onnx(name: str, ability: str) -> None:
+    """Refuse what ``torch.onnx.export(dynamo=False)`` would write wrongly without a word.
+
+    Args:
+        name: of the network.
+        ability: :attr:`Backbone.legacy_onnx`.
+
+    Raises:
+        RuntimeError: the exporter cannot do it.
+    """
+    if ability == "nothing":
+        limit = f"cannot export {name}"
+    elif ability == "one size" and _legacy_dynamic_axes():
+        limit = f"would fix the sizes of {name} at those of the example, against dynamic_axes"
+    else:
+        return
+    raise RuntimeError(f"torch.onnx.export(dynamo=False) {limit}: use dynamo=True, with dynamic_shapes for other sizes")
+
+
+def _legacy_dynamic_axes() -> object:
+    """What the TorchScript-based exporter that is running was given; it tells the model nothing about it."""
+    frame = sys._getframe()
+    while frame is not None:
+        if "dynamic_axes" in frame.f_locals and frame.f_globals.get("__name__", "").startswith("torch.onnx."):
+            return frame.f_locals["dynamic_axes"]
+        frame = frame.f_back
+    return None
+
+
 class FeatureNet(FeatureGetterNet):
     """What ``features_only=True`` returns: NCHW maps whatever the layout inside, and activation checkpointing."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`Backbone.set_grad_checkpointing`."""
         self.model.set_grad_checkpointing(enable)
+
+
+class FeatureDict(FeatureNet):
+    """The same maps by the name of their stage, such as "stages.2", in the order of ``out_indices``."""
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        return dict(zip(self.feature_info.module_name(), super().forward(x), strict=True))
+
+
+FEATURE_NETS = {"getter": FeatureNet, "list": FeatureNet, "dict": FeatureDict}
+
+
+def choose_feature_net(feature_cls: Union[str, type[nn.Module]]) -> type[nn.Module]:
+    """The class for timm's ``feature_cls``: a name, or a class of timm's getters.
+
+    Raises:
+        ValueError: timm's others, whose maps are in the layout inside or lie between the layers that they rewrite.
+    """
+    if isinstance(feature_cls, type) and issubclass(feature_cls, FeatureGetterNet):
+        return feature_cls
+    if feature_cls not in FEATURE_NETS:
+        raise ValueError(
+            f"feature_cls={feature_cls!r} must be 'getter' or 'list' (a list of NCHW maps) or 'dict' (by name of stage)"
+        )
+    return FEATURE_NETS[feature_cls]
 
 
 def build_backbone(
@@ -290,11 +374,14 @@ def build_backbone(
         feature_levels: how many of the last stages ``features_only`` returns unless ``out_indices`` says otherwise.
         **kwargs: arguments of the network and of timm's model factory.
     """
+    feature_cls = FeatureNet
+    if kwargs.get("features_only"):
+        feature_cls = choose_feature_net(kwargs.pop("feature_cls", "getter"))
     return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": feature_levels, "feature_cls": FeatureNet},
+        feature_cfg={"out_indices": feature_levels, "feature_cls": feature_cls},
         **kwargs,
     )

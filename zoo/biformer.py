@@ -230,6 +230,7 @@ class BiFormer(Backbone):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        self.swin_layout = swin_layout
         check_per_stage(embed_dims=embed_dims, depths=depths, topks=topks)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         routed = ProjectedRoutedAttention if pad_projected else RoutedAttention
@@ -276,6 +277,11 @@ class BiFormer(Backbone):
             num_classes=num_classes,
             output_fmt="NHWC",
         )
+
+    def smallest_example(self) -> int:
+        smallest = super().smallest_example()
+        # the swin-like form leaves out what its merging does not divide
+        return 2 * (smallest - 1) if self.swin_layout else smallest
 
 
 _embed = partial(ConvEmbed, norm_layer=ChannelsLastBatchNorm)

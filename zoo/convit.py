@@ -6,6 +6,7 @@ of the blocks are named as in the official code, facebookresearch/convit, and in
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any, Final, List, Optional, Union
 
 import torch
@@ -22,6 +23,7 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints.convert import unflatten_tokens
 from ..checkpoints.keys.convit import LAYOUTS
 from ..checkpoints.released.convit import RELEASED
 from ..kernels import gated_positional_attention
@@ -35,6 +37,16 @@ from .names import Variant, default_cfgs_of, register_variants
 __all__ = ["ConViT", "checkpoint_filter_fn"]
 
 PATCH = 16
+
+
+class PositionProjection(nn.Linear):
+    """Linear map (rows, in_features) to (rows, out_features) in the dtype of its input, whatever that of its weights.
+
+    Positions are at least in float32: bfloat16 has no squared distances beyond 256. One output's rows lie together.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight.to(x.dtype) @ x.t() + self.bias.to(x.dtype)[:, None]).t()
 
 
 class GatedPositionalAttention(nn.Module):
@@ -77,7 +89,7 @@ class GatedPositionalAttention(nn.Module):
         self.v = nn.Linear(dim, dim, bias=False, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.pos_proj = nn.Linear(3, num_heads, **dd)
+        self.pos_proj = PositionProjection(3, num_heads, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.gating_param = nn.Parameter(torch.ones(num_heads, **dd))
 
@@ -98,13 +110,22 @@ class GatedPositionalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key = self.qk(x).unflatten(-1, [2, self.num_heads, -1]).unbind(3)
         value = self.v(x).unflatten(-1, [self.num_heads, -1])
-        scores = expand_position_scores(self.pos_proj.weight, self.pos_proj.bias, [x.shape[1], x.shape[2]])
+        scores = self.position_scores(x)
         dropping = self.training and self.attn_drop.p > 0.0
         if (self.fused_attn or torch.jit.is_scripting()) and not dropping:
             x = self.attend(query, key, value, scores)
         else:
             x = self.attend_by_weights(query, key, value, scores)
         return self.proj_drop(self.proj(x.flatten(3)))
+
+    def position_scores(self, x: Tensor) -> Tensor:
+        """Scores (heads, H * W, H * W) of every pair of positions of a map (B, H, W, dim), by their offset alone."""
+        tokens = x.shape[1] * x.shape[2]
+        exact = True
+        if not torch.jit.is_scripting():
+            # what stands in its place, a quantized layer or an adapter, reads the dtype that other layers read
+            exact = isinstance(self.pos_proj, PositionProjection)
+        return self.pos_proj(offsets_of(x, exact)).t().unflatten(1, [tokens, tokens]).contiguous()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
         """Attention output, of the shape of ``query``."""
@@ -123,8 +144,7 @@ class GatedPositionalAttention(nn.Module):
     def attention_weights(self, x: Tensor) -> Tensor:
         """Mixed weights (B, H, W, heads, H * W) of the queries of a map (B, H, W, dim)."""
         query, key = self.qk(x).unflatten(-1, [2, self.num_heads, -1]).unbind(3)
-        scores = expand_position_scores(self.pos_proj.weight, self.pos_proj.bias, x.shape[1:3])
-        return gated_positional_attention_weights(query, key, scores, self.gating_param)
+        return gated_positional_attention_weights(query, key, self.position_scores(x), self.gating_param)
 
     @torch.jit.ignore
     def pad(self, x: Tensor) -> Tensor:
@@ -138,34 +158,36 @@ class GatedPositionalAttention(nn.Module):
 
 
 @register_notrace_function
-def expand_position_scores(weight: Tensor, bias: Tensor, size: List[int]) -> Tensor:
-    """Scores (heads, H * W, H * W) of a linear map of (dx, dy, dx^2 + dy^2), offsets of the key from the query.
+def offsets_of(x: Tensor, exact: bool) -> Tensor:
+    """:func:`position_offsets` of a map (B, H, W, dim) in its dtype, and if ``exact`` at least in float32."""
+    dtype = torch.float32 if exact and x.dtype != torch.float64 else x.dtype
+    return position_offsets([x.shape[1], x.shape[2]], x.device, dtype)
 
-    At least in float32: bfloat16 has no squared distances beyond 256.
-    """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows, columns = torch.arange(size[0], device=weight.device), torch.arange(size[1], device=weight.device)
-    y, x = torch.cartesian_prod(rows, columns).to(dtype).unbind(1)
+
+def position_offsets(size: List[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(dx, dy, dx^2 + dy^2) of the offset of each key from each query of a map, (H * W * H * W, 3)."""
+    rows, columns = torch.arange(size[0], device=device), torch.arange(size[1], device=device)
+    y = rows[:, None].expand(size[0], size[1]).flatten().to(dtype)
+    x = columns.expand(size[0], size[1]).flatten().to(dtype)
     dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
     offsets = torch.stack([dx, dy, dx.square() + dy.square()])  # (3, H * W, H * W)
-    scores = weight.to(dtype) @ offsets.flatten(1) + bias.to(dtype)[:, None]
-    return scores.unflatten(1, [size[0] * size[1], size[0] * size[1]])
+    return offsets.flatten(1).t()
 
 
 class PatchEmbed(nn.Module):
     """Image (B, in_chans, H, W) to a map of patches (B, H / 16, W / 16, dim) with their position embeddings.
 
     Args:
-        img_size: image size that the embeddings are for; they are resized to maps of another size.
+        img_size: image size that the embeddings (1, height, width, dim) are for; they are resized to maps of another
+            size.
     """
 
     def __init__(self, in_chans: int, dim: int, img_size: Union[int, Sequence[int]], device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.patch_size: List[int] = [PATCH, PATCH]
-        self.grid_size: List[int] = [-(-side // PATCH) for side in to_2tuple(img_size)]
         self.conv = nn.Conv2d(in_chans, dim, PATCH, PATCH, **dd)
-        self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, *grid_of(img_size), dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -174,18 +196,22 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + resize_embedding(self.pos_embed, self.grid_size, [x.shape[1], x.shape[2]])
+        return x + resize_embedding(self.pos_embed, [x.shape[1], x.shape[2]])
 
 
 @register_notrace_function
-def resize_embedding(embedding: Tensor, grid_size: List[int], size: List[int]) -> Tensor:
-    """Embeddings (1, tokens, dim) of a grid, interpolated to a map (1, H, W, dim)."""
-    grid = embedding.unflatten(1, grid_size)
+def resize_embedding(embedding: Tensor, size: List[int]) -> Tensor:
+    """Embeddings (1, height, width, dim) of a grid, interpolated to a map (1, H, W, dim)."""
     # interpolation to the same size is the identity
-    if not (always(size[0] == grid_size[0]) and always(size[1] == grid_size[1])):
-        grid = F.interpolate(grid.permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=False)
-        grid = grid.permute(0, 2, 3, 1)
-    return grid
+    if always(size[0] == embedding.shape[1]) and always(size[1] == embedding.shape[2]):
+        return embedding
+    resized = F.interpolate(embedding.permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1)
+
+
+def grid_of(img_size: Union[int, Sequence[int]]) -> List[int]:
+    """Patches down and across of an image."""
+    return [-(-side // PATCH) for side in to_2tuple(img_size)]
 
 
 class ClassToken(nn.Module):
@@ -339,14 +365,32 @@ class ConViT(Backbone):
         return {name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
 
     def adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-        """As :meth:`Backbone.adapt_state_dict`; position embeddings of another square grid are resized."""
+        """As :meth:`Backbone.adapt_state_dict`; position embeddings of another grid are resized.
+
+        Raises:
+            ValueError: a file that does not say which grid its position embeddings are of.
+        """
         state_dict = super().adapt_state_dict(state_dict)
         embedding = state_dict.get("stem.pos_embed")
-        if embedding is not None and embedding.shape != self.stem.pos_embed.shape:
-            side = int(embedding.shape[1] ** 0.5)
-            resized = resize_embedding(embedding.float(), [side, side], self.stem.grid_size)
-            state_dict["stem.pos_embed"] = resized.flatten(1, 2).to(embedding.dtype)
+        if embedding is not None:
+            embedding = self._unflatten_embedding(embedding)
+            resized = resize_embedding(embedding.float(), list(self.stem.pos_embed.shape[1:3]))
+            state_dict["stem.pos_embed"] = resized.to(embedding.dtype)
         return state_dict
+
+    def _unflatten_embedding(self, embedding: Tensor) -> Tensor:
+        """The embeddings (1, height, width, dim) of a file that lists them as tokens, as the official ones do."""
+        img_size = getattr(self, "pretrained_model_args", {}).get("img_size")
+        if embedding.ndim == 3 and img_size is not None and prod(grid_of(img_size)) == embedding.shape[1]:
+            return embedding.unflatten(1, grid_of(img_size))
+        height, width = self.stem.pos_embed.shape[1:3]
+        embedding = unflatten_tokens(embedding, (height, width))
+        if embedding.ndim == 3:
+            raise ValueError(
+                f"stem.pos_embed has {embedding.shape[1]} tokens and does not say of which grid, and this network has "
+                f"{height} x {width}: reshape it to (1, height, width, {embedding.shape[2]})"
+            )
+        return embedding
 
 
 def _variant(num_heads: int, head_dim: int = 48, args: Optional[dict] = None, **cfg) -> Variant:

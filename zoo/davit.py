@@ -156,8 +156,8 @@ VARIANTS = {
     "davit_large_window12_384_vicinal": _variant(
         (192, 384, 768, 1536), (1, 1, 9, 1), 12, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0
     ),
-    "davit_huge_vicinal": _variant((256, 512, 1024, 2048), (1, 1, 9, 1)),
-    "davit_giant_vicinal": _variant((384, 768, 1536, 3072), (1, 1, 12, 3)),
+    "davit_huge_vicinal": _variant((256, 512, 1024, 2048), (1, 1, 9, 1), crop_pct=0.95),
+    "davit_giant_vicinal": _variant((384, 768, 1536, 3072), (1, 1, 12, 3), crop_pct=0.95),
 }
 
 default_cfgs = default_cfgs_of(VARIANTS, RELEASED, first_conv="stem.conv", crop_pct=0.9)

@@ -67,6 +67,7 @@ class HaloNet(Backbone):
     """
 
     layouts = LAYOUTS
+    legacy_onnx = "nothing"  # it gets the shapes of blocks and of lambda layers wrong
 
     def __init__(
         self,

@@ -194,6 +194,29 @@ class OffsetConv(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
+class DeformableConv(nn.Module):
+    """Deformable 2 x 2 convolution of stride 2, of a map (B, in_chans, H, W) and the offsets of its taps.
+
+    Not a ``Conv2d``, so that what wraps or quantizes those leaves it alone: they know no offsets.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_chans, in_chans, 2, 2, **dd))
+        self.bias = nn.Parameter(torch.empty(out_chans, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # as every convolution of torch begins
+        bound = (4 * self.weight.shape[1]) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        return sample_and_merge(x, offset, self.weight, self.bias)
+
+
 class DeformableMerging(nn.Module):
     """Merges 2 x 2 tokens that lie where the image has them, not on the grid; an odd last row or column is left out.
 
@@ -207,13 +230,13 @@ class DeformableMerging(nn.Module):
     def __init__(self, in_chans: int, out_chans: int, **dd) -> None:
         super().__init__()
         self.offset = OffsetConv(in_chans, **dd)
-        self.conv = nn.Conv2d(in_chans, out_chans, 2, 2, **dd)
+        self.conv = DeformableConv(in_chans, out_chans, **dd)
         self.norm = nn.BatchNorm2d(out_chans, **dd)
         self.act = GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)
-        x = sample_and_merge(x, self.offset(x), self.conv.weight, self.conv.bias)
+        x = self.conv(x, self.offset(x))
         return self.act(self.norm(x)).permute(0, 2, 3, 1).contiguous()
 
 
@@ -245,6 +268,7 @@ class LITv2(Backbone):
     """
 
     layouts = LAYOUTS
+    legacy_onnx = "nothing"  # it has no deformable convolution
 
     def __init__(
         self,
@@ -295,6 +319,9 @@ class LITv2(Backbone):
             num_classes=num_classes,
             output_fmt="NHWC",
         )
+
+    def smallest_example(self) -> int:
+        return 2 * (super().smallest_example() - 1)  # merging leaves out what it does not divide
 
     @torch.jit.ignore
     def learning_rate_scales(self) -> dict[str, float]:

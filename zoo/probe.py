@@ -120,4 +120,6 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def attentive_probe(pretrained: bool = False, **kwargs: Any) -> AttentiveProbe:
     """A frozen network with an attentive head; see :class:`AttentiveProbe`."""
+    if kwargs.get("features_only"):
+        raise ValueError("attentive_probe has no maps of its own: ask its backbone for features_only")
     return build_model_with_cfg(AttentiveProbe, "attentive_probe", pretrained, **kwargs)

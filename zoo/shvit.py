@@ -207,6 +207,7 @@ class SHViT(Backbone):
     """
 
     layouts = LAYOUTS
+    legacy_onnx = "any size"
 
     def __init__(
         self,

@@ -117,7 +117,7 @@ class CosineAttention(LengthScaledAttention):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).unbind(3)
         query = self.scale_query(query, inverse_norm(query), log_keys(x, 0, 1))
-        bias = self.position_bias(x.shape[1], x.shape[2]).to(query.dtype)[None]
+        bias = self.position_bias(x).to(query.dtype)[None]
         query, key, value = [t.flatten(1, 2).transpose(1, 2) for t in (query, F.normalize(key, dim=-1), value)]
         if self.is_fused():
             attended = attend_with_bias(query, key, value, bias, 1.0)
@@ -169,7 +169,7 @@ class AggregatedAttention(LengthScaledAttention):
         pooled_key, pooled_value = self.keys_and_values(self.pool(x))
         value_weights = self.match_tokens(query, of_query)
         query = self.scale_query(query, of_query, log_keys(x, self.window_size, self.reduction))
-        pooled_bias = self.position_bias(x.shape[1], x.shape[2])
+        pooled_bias = self.position_bias(x)
         if self.is_fused():
             x = self.attend(query, key, value, pooled_key, pooled_value, pooled_bias, value_weights)
         else:
@@ -198,8 +198,7 @@ class AggregatedAttention(LengthScaledAttention):
 
     def pool(self, x: Tensor) -> Tensor:
         """Pooled map (B, H // reduction, W // reduction, dim)."""
-        # the convolution as a linear layer of the channels-last map
-        x = gelu(F.linear(x, self.pool_proj.weight.flatten(1), self.pool_proj.bias))
+        x = gelu(self.pool_proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return self.pool_norm(pool_average(x, self.reduction))
 
     def attend(
@@ -291,6 +290,7 @@ class TransNeXt(Backbone):
     """
 
     layouts = LAYOUTS
+    legacy_onnx = "nothing"  # it mixes up the types of the numbers of keys
 
     def __init__(
         self,

@@ -9,9 +9,11 @@ import os
 import pytest
 import timm
 import timm.models
+from package_under_test import use_package
 from timm.models import get_arch_name
 
-import vicinal.zoo  # noqa: F401
+use_package(os.environ["VICINAL_PACKAGE"])
+import vicinal.zoo  # noqa: E402, F401 (of the package that is under test)
 
 NAMES = os.environ["VICINAL_ACCEPTANCE"].split(",")
 # Tests whose body holds for any standard model, although timm lists a few.

@@ -12,7 +12,7 @@ import torch
 from golden import Golden, list_golden
 
 import vicinal.zoo  # noqa: F401
-from vicinal.checkpoints import convert
+from vicinal.checkpoints import convert, save_model
 
 FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit", "halonet", "biformer")
 BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES, "transnext") if not golden.model_args}
@@ -55,6 +55,33 @@ def test_our_own_state_dict_comes_back_unchanged(name: str):
     state_dict = timm.create_model(name, num_classes=3).state_dict()
     converted = convert(name, state_dict)
     assert list(converted) == list(state_dict)
+
+
+WITH_BATCH_NORMS = ["shvit_pico_vicinal", "maxvit_pico", "litv2_pico", "halonet_pico", "biformer_pico"]
+
+
+@pytest.mark.parametrize("name", WITH_BATCH_NORMS)
+def test_the_counters_of_batch_norms_may_be_missing(name: str, tmp_path: Path):
+    """Old files lack them, and exported ones; nothing is computed from them."""
+    full = timm.create_model(name, num_classes=1000)
+    for key, value in full.state_dict().items():
+        if key.endswith("running_mean"):
+            value.normal_()
+    bare = {key: value for key, value in full.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert len(bare) < len(full.state_dict())
+    converted = convert(name, bare)
+    assert set(converted) == set(full.state_dict())
+    save_model(tmp_path, full, bare)
+    by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    ours = timm.create_model(name, num_classes=1000)
+    ours.load_state_dict(converted)
+    for model in (ours, by_timm):
+        for key, value in model.state_dict().items():
+            expected = bare.get(key, torch.tensor(0))
+            assert torch.equal(value, expected), key
+            assert value.dtype == expected.dtype
+    with pytest.raises(ValueError, match=r"missing: .*running_var"):
+        convert(name, {key: value for key, value in bare.items() if not key.endswith("running_var")})
 
 
 def test_key_order_does_not_matter():

@@ -1,6 +1,8 @@
 """Weight files: what is written can be read back, is never half there, and nothing is unpickled but tensors."""
 
+import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,27 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        events.append("folder" if is_folder else f"file of {os.fstat(descriptor).st_size}")
+        fsync(descriptor)
+
+    def record_replace(source: str, target: Path) -> None:
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_atomically(tmp_path / "file", lambda path: Path(path).write_bytes(b"whole"))
+    assert events == ["file of 5", "rename", "folder"]
 
 
 def test_a_written_file_has_the_usual_permissions(tmp_path: Path):

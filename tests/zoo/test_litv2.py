@@ -15,6 +15,12 @@ def tokens(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def merge_plainly(merging: DeformableMerging, x: Tensor) -> Tensor:
+    """The merging with the samples on the grid."""
+    convolved = F.conv2d(x.permute(0, 3, 1, 2), merging.conv.weight, merging.conv.bias, stride=2)
+    return F.gelu(merging.norm(convolved)).permute(0, 2, 3, 1)
+
+
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """One head, (tokens, channels) each, in float64."""
     scores = query.double() @ key.double().T * query.shape[-1] ** -0.5
@@ -70,7 +76,7 @@ def test_options_out_of_range_are_refused_by_name():
 def test_merging_begins_as_a_plain_convolution(size: tuple[int, int]):
     merging = DeformableMerging(4, 8).eval()
     x = tokens(2, *size, 4)
-    expected = F.gelu(merging.norm(merging.conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+    expected = merge_plainly(merging, x)
     # sums of sixteen products in another order
     torch.testing.assert_close(merging(x), expected, rtol=0, atol=16 * EPSILON)
     assert expected.shape[1:3] == (size[0] // 2, size[1] // 2)
@@ -82,7 +88,7 @@ def test_an_offset_moves_the_samples_and_finds_zeros_outside():
     merging.offset.bias.copy_(torch.tensor([0.0, 1.0] * 4))  # every tap one column to the right
     x = tokens(1, 4, 6, 4)
     moved = F.pad(x, [0, 0, 0, 1])[:, :, 1:]
-    expected = F.gelu(merging.norm(merging.conv(moved.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+    expected = merge_plainly(merging, moved)
     torch.testing.assert_close(merging(x), expected, rtol=0, atol=16 * EPSILON)
 
 

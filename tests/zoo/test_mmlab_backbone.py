@@ -17,6 +17,7 @@ from vicinal.zoo.mmlab import (
     RescaledPyramid,
     VicinalBackbone,
 )
+from vicinal.zoo.mmlab.backbone import convert_backbone
 from vicinal.zoo.mmlab.weights import convert_detector
 
 SMALL = [
@@ -144,6 +145,68 @@ def test_sync_bn_keeps_the_activations_inside_timms_batch_norms(tmp_path):
     image = torch.randn(1, 3, 64, 64)
     for x, y in zip(plain(image), synchronised(image), strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_maps_come_in_the_order_asked_for(model: str):
+    backbone, ordered = (VicinalBackbone(model, out_indices=indices).eval() for indices in ((2, 0, 1), (0, 1, 2)))
+    backbone.model.load_state_dict(ordered.model.state_dict())
+    x = torch.randn(1, 3, 64, 96)
+    maps, expected = backbone(x), ordered(x)
+    assert [found.shape[1] for found in maps] == backbone.channels == [ordered.channels[place] for place in (2, 0, 1)]
+    assert all(torch.equal(maps[place], expected[stage]) for place, stage in enumerate((2, 0, 1)))
+
+
+def test_each_output_norm_meets_the_map_of_its_place():
+    plain = VicinalBackbone("nat_pico", out_indices=(1, 2, 3)).eval()
+    normed = VicinalBackbone("nat_pico", out_indices=(1, 2, 3), output_norm=(None, "layer", "layer")).eval()
+    normed.model.load_state_dict(plain.model.state_dict())
+    for norm in normed.output_norms[1:]:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(1, 3, 64, 96)
+    first, *others = plain(x)
+    maps = normed(x)
+    assert torch.equal(maps[0], first)
+    for found, before, norm in zip(maps[1:], others, normed.output_norms[1:], strict=True):
+        tokens = before.permute(0, 2, 3, 1)
+        expected = nn.functional.layer_norm(tokens, (before.shape[1],), norm.weight, norm.bias, 1e-5)
+        # a norm in float32 over some hundred channels
+        torch.testing.assert_close(found, expected.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_published_norms_are_those_of_their_stage():
+    """``norm3`` of a file belongs to the last of the maps (1, 2, 3), which is the third."""
+    backbone = VicinalBackbone("nat_pico", out_indices=(1, 2, 3), output_norm="layer")
+    published = {f"model.{key}": value for key, value in backbone.model.state_dict().items()}
+    widths = {1: 64, 2: 128, 3: 256}
+    published |= {f"norm{stage}.weight": torch.full((width,), float(stage)) for stage, width in widths.items()}
+    published |= {f"norm{stage}.bias": torch.full((width,), -float(stage)) for stage, width in widths.items()}
+    converted = convert_backbone("nat_pico", published, backbone)
+    for place, stage in enumerate((1, 2, 3)):
+        assert converted[f"output_norms.{place}.weight"].unique().tolist() == [stage]
+        assert converted[f"output_norms.{place}.bias"].unique().tolist() == [-stage]
+    backbone.load_state_dict(converted)
+
+
+def test_images_are_padded_at_the_right_and_the_bottom():
+    backbone = VicinalBackbone("nat_pico", input_multiple=32).eval()
+    x = torch.randn(1, 3, 50, 70)
+    maps = backbone(x)
+    padded = backbone(nn.functional.pad(x, [0, 96 - 70, 0, 64 - 50]))
+    for found, expected in zip(maps, padded, strict=True):
+        assert torch.equal(found, expected[:, :, : found.shape[2], : found.shape[3]])
+
+
+def test_weights_without_the_counters_of_batch_norms_load(tmp_path):
+    classifier = timm.create_model("shvit_pico_vicinal")
+    state_dict = {key: value for key, value in classifier.state_dict().items() if "num_batches_tracked" not in key}
+    assert len(state_dict) < len(classifier.state_dict())
+    save(tmp_path / "weights.safetensors", state_dict)
+    backbone = VicinalBackbone("shvit_pico_vicinal", pretrained=str(tmp_path / "weights.safetensors"))
+    backbone.init_weights()
+    for key, value in backbone.model.state_dict().items():
+        assert torch.equal(value, state_dict.get(key, torch.tensor(0))), key
 
 
 @pytest.mark.parametrize("suffix", ["folder", ".safetensors", ".pth"])

@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 from timm.models import model_entrypoint
+from timm.models._features import FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 
 import vicinal.zoo  # noqa: F401
@@ -60,6 +61,58 @@ def test_any_size_trains_and_gives_a_pyramid_with_the_strides_that_it_states(nam
         maps, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True
     ):
         assert feature.shape == (batch, channels, *(map_size(name, side, stride) for side in size))
+
+
+# Order of the stages, reversed, and one twice; a negative index counts from the end.
+@names
+@pytest.mark.parametrize("indices", [(2, 0), (-1, 1), (0, -2, 0)], ids=str)
+def test_maps_come_in_the_order_asked_for_with_their_metadata(name: str, indices: tuple[int, ...]):
+    model, x = create(name), image(1, 3, 96, 96)
+    count = len(model.stages)
+    with torch.no_grad():
+        every = model.forward_intermediates(x, intermediates_only=True)
+        expected = [every[index % count] for index in indices]
+        for early in (False, True):
+            _, maps = model.forward_intermediates(x, indices=list(indices), stop_early=early)
+            assert all(torch.equal(found, wanted) for found, wanted in zip(maps, expected, strict=True))
+        backbone = create(name, features_only=True, out_indices=indices)
+        backbone.model.load_state_dict(model.state_dict(), strict=False)
+        maps = backbone(x)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(maps, expected, strict=True))
+    assert backbone.feature_info.channels() == [found.shape[1] for found in maps]
+    assert backbone.feature_info.reduction() == [model.feature_info[index]["reduction"] for index in indices]
+    assert backbone.feature_info.module_name() == [f"stages.{index % count}" for index in indices]
+
+
+@names
+def test_a_scripted_feature_net_keeps_the_order(name: str):
+    backbone, x = create(name, features_only=True, out_indices=(2, 0)), image(1, 3, 96, 96)
+    with torch.no_grad():
+        for found, expected in zip(torch.jit.script(backbone)(x), backbone(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@names
+def test_timms_kinds_of_feature_nets_give_nchw_maps_or_are_refused(name: str):
+    x = image(1, 3, 96, 160)
+    options = {"features_only": True, "out_indices": (2, 0)}
+    with torch.no_grad():
+        expected = create(name, **options)(x)
+        assert all(found.shape[3] > found.shape[2] for found in expected)
+        for kind in ("getter", "list", FeatureGetterNet):
+            maps = create(name, feature_cls=kind, **options)(x)
+            assert all(torch.equal(found, wanted) for found, wanted in zip(maps, expected, strict=True))
+        by_name = create(name, feature_cls="dict", **options)(x)
+    assert list(by_name) == ["stages.2", "stages.0"]
+    assert all(torch.equal(found, wanted) for found, wanted in zip(by_name.values(), expected, strict=True))
+    for kind in ("hook", "fx", "nothing", FeatureListNet):
+        with pytest.raises(ValueError, match=r"^feature_cls=.* must be 'getter' or 'list' .* or 'dict' .*$"):
+            create(name, feature_cls=kind, **options)
+
+
+def test_a_probe_has_no_maps_of_its_own():
+    with pytest.raises(ValueError, match="attentive_probe has no maps of its own: ask its backbone"):
+        timm.create_model("attentive_probe", backbone="nat_pico", features_only=True)
 
 
 @names

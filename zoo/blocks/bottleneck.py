@@ -1,6 +1,6 @@
 """Bottleneck attention as a module: every token of a map to every token, with relative positions per axis."""
 
-from typing import Final, Optional, Tuple
+from typing import Callable, Final, Optional, Tuple
 
 import torch
 from timm.layers import make_divisible, register_notrace_function, trunc_normal_, use_fused_attn
@@ -118,6 +118,11 @@ class PositionConv(nn.Conv3d):
         padding = [self.padding[0], self.padding[1]]
         x = F.conv2d(x.permute(0, 4, 1, 2, 3).flatten(0, 1), self.weight.squeeze(4), self.bias, padding=padding)
         return x.unflatten(0, [batch, channels]).permute(0, 2, 3, 4, 1)
+
+    @torch.jit.ignore
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # as the weight of the convolution that it is: torch.channels_last is a layout of four axes
+        return super()._apply(lambda x: fn(x.squeeze(4)).unsqueeze(4) if x.ndim == 5 else fn(x), recurse)
 
 
 @register_notrace_function

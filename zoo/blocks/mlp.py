@@ -4,13 +4,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .activation import gelu
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3 x 3 convolution of a channels-last map (B, H, W, C), initialised for the outputs that it feeds."""
+    """Depthwise 3 x 3 convolution of a map (B, C, H, W), initialised for the outputs that it feeds."""
 
     def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
@@ -19,11 +18,6 @@ class DepthwiseConv(nn.Conv2d):
         # He's normal initialisation; an input of a depthwise kernel feeds nine outputs
         nn.init.normal_(self.weight, std=math.sqrt(2 / 9))
         nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # TorchScript knows no super()
-        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=[1, 1], groups=self.groups)
-        return x.permute(0, 2, 3, 1)
 
 
 class DepthwiseMlp(nn.Module):
@@ -50,7 +44,8 @@ class DepthwiseMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(gelu(self.dwconv(self.fc1(x))))))
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(self.drop(gelu(x))))
 
 
 class ConvGluMlp(nn.Module):
@@ -78,5 +73,5 @@ class ConvGluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, x = torch.chunk(self.fc1(x), 2, dim=-1)
-        x = gelu(self.dwconv(gate)) * x
+        x = gelu(self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)) * x
         return self.drop(self.fc2(self.drop(x)))

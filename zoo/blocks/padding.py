@@ -7,7 +7,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sizes import always, larger
+from .sizes import always, is_compiling, larger
 
 
 @register_notrace_function
@@ -51,10 +51,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     """Take what was padded off again: the first rows and columns of (B, H, W, ...)."""
     if always(height == x.shape[1]) and always(width == x.shape[2]):
         return x
-    tracing = False
-    if not torch.jit.is_scripting():
-        tracing = torch.compiler.is_compiling()
-    if not tracing or (always(height <= x.shape[1]) and always(width <= x.shape[2])):
+    if not is_compiling() or (always(height <= x.shape[1]) and always(width <= x.shape[2])):
         return x[:, :height, :width]
     # a slice would add guards on sizes that are symbols, an index none
     rows = torch.arange(height, device=x.device)
@@ -65,4 +62,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 def _pad(x: Tensor, height: int, width: int) -> Tensor:
     if always(height == x.shape[1]) and always(width == x.shape[2]):
         return x  # a padding by zero would copy the map
+    if is_compiling():
+        # a padding that turns out to be by zero keeps the strides of the map, which traced graphs do not foresee
+        x = x.contiguous()
     return F.pad(x, [0, 0, 0, width - x.shape[2], 0, height - x.shape[1]])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pooling import cell_bounds, pooled_size
-from .sizes import always
+from .sizes import always, is_compiling
 
 
 class ConvPositionEncoding(nn.Module):
@@ -63,11 +63,12 @@ class ContinuousPositionBias(nn.Module):
         self.fc1 = nn.Linear(2, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, num_heads, device=device, dtype=dtype)
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """Bias (heads, height * width, pooled height * pooled width) of a map."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Bias (heads, H * W, pooled H * pooled W) of the tokens of a map (B, H, W, C), in its dtype."""
+        height, width = x.shape[1], x.shape[2]
         if not self.interpolated:
-            return self.evaluate(height, width).flatten(3).flatten(1, 2)
-        bias = self.evaluate(self.pretrain_size, self.pretrain_size)
+            return self.evaluate(height, width, x).flatten(3).flatten(1, 2)
+        bias = self.evaluate(self.pretrain_size, self.pretrain_size, x)
         size = [height, width]
         pooled = [pooled_size(height, self.reduction), pooled_size(width, self.reduction)]
         bias = F.interpolate(bias.flatten(1, 2), size=pooled, mode="bilinear", align_corners=False)
@@ -75,18 +76,17 @@ class ContinuousPositionBias(nn.Module):
         bias = F.interpolate(bias, size=size, mode="bilinear", align_corners=False)
         return bias.flatten(2).transpose(1, 2)
 
-    def evaluate(self, height: int, width: int) -> Tensor:
+    def evaluate(self, height: int, width: int, like: Tensor) -> Tensor:
         """Bias (heads, height, width, pooled height, pooled width), computed once for each distance that occurs."""
-        weight = self.fc1.weight
         rows, columns = pooled_size(height, self.reduction), pooled_size(width, self.reduction)
-        row_offsets, row_index = _axis_offsets(height, rows, weight.device)
+        row_offsets, row_index = _axis_offsets(height, rows, like.device)
         down = self._log_spaced(row_offsets)
         column_offsets, column_index, across = row_offsets, row_index, down
         if not always(height == width):
-            column_offsets, column_index = _axis_offsets(width, columns, weight.device)
+            column_offsets, column_index = _axis_offsets(width, columns, like.device)
             across = self._log_spaced(column_offsets)
-        table = torch.stack(torch.meshgrid([down, across], indexing="ij"), dim=-1).to(weight.dtype)
-        bias = self.fc2(F.relu(self.fc1(table), inplace=True))  # (row offsets, column offsets, heads)
+        table = torch.stack(torch.meshgrid([down, across], indexing="ij"), dim=-1).to(like.dtype)
+        bias = self.fc2(F.relu(self.fc1(table)))  # (row offsets, column offsets, heads)
         index = row_index[:, None, :, None] * column_offsets.shape[0] + column_index[:, None, :]
         return F.embedding(index, bias.flatten(0, 1)).permute(4, 0, 1, 2, 3).contiguous()
 
@@ -109,11 +109,8 @@ def _axis_offsets(size: int, cells: int, device: torch.device) -> Tuple[Tensor, 
         farthest = 2 * size - 1 - side
         doubled_centres = 2 * side * torch.arange(cells, device=device) + side - 1
     else:
-        tracing = False
-        if not torch.jit.is_scripting():
-            tracing = torch.compiler.is_compiling()
         step = 1
-        farthest = 2 * size - 2 if tracing else 2 * size - 1 - (size + cells - 1) // cells
+        farthest = 2 * size - 2 if is_compiling() else 2 * size - 1 - (size + cells - 1) // cells
         first, behind = cell_bounds(size, cells, device)
         doubled_centres = first + behind - 1
     doubled = 2 * torch.arange(size, device=device)[:, None] - doubled_centres

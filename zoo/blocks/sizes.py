@@ -13,6 +13,13 @@ def always(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export traces, as TorchScript may ask too."""
+    if torch.jit.is_scripting():
+        return False
+    return torch.compiler.is_compiling()
+
+
 def larger(size: int, other: int) -> int:
     """The larger of two sizes, which may be symbols."""
     if torch.jit.is_scripting():

@@ -88,9 +88,12 @@ class VicinalBackbone(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.input_multiple, 0, -height % self.input_multiple))
-        maps = self.model.forward_intermediates(
-            x, indices=list(self.out_indices), stop_early=True, output_fmt="NCHW", intermediates_only=True
+        # timm's own models return the maps in the order of the stages, whatever the order asked for
+        stages = sorted(set(self.out_indices))
+        found = self.model.forward_intermediates(
+            x, indices=stages, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
+        maps = [found[stages.index(index)] for index in self.out_indices]
         if self.input_multiple > 1:
             strides = self.reductions
             maps = [m[:, :, : -(-height // s), : -(-width // s)] for m, s in zip(maps, strides, strict=True)]
@@ -197,6 +200,8 @@ def convert_backbone(name: str, state_dict: dict[str, Tensor], backbone: Vicinal
     adapt = getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
     rest = adapt(rest, full) if adapt else rest
     wanted = backbone.model.state_dict()
+    # files of old or of exported networks lack the counters of batch norms
+    rest = {**{key: value for key, value in wanted.items() if key.endswith(".num_batches_tracked")}, **rest}
     problems = [f"missing: {key}" for key in wanted if key not in rest]
     problems += [f"left over: {key}" for key in rest if key not in full.state_dict() and not _is_head(key, full)]
     if problems:
