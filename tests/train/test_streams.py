@@ -186,3 +186,15 @@ def test_shard_behind_a_url_is_opened_again(path, failures, is_read, monkeypatch
 def test_image_of_no_class_is_named():
     with pytest.raises(UnreadableImage, match="image 3 of shard 1 is of class 0 of 0"):
         StreamImages(CountedShards([5, 5]), []).example(8)
+
+
+def test_a_window_is_the_share_of_a_lane():
+    stream = stream_of([400], lanes=1, buffer=10)
+    assert stream_of([100] * 8, lanes=4, buffer=40).window == stream.window == 10
+    order = stream.order(generator())
+    moved = (order - torch.arange(400)).abs()
+    assert 0 < moved.max() <= 10
+    own = stream_of([100] * 8, lanes=4, buffer=40).order(generator())[::4]
+    # The two shards of the first lane, one after the other, each moved by at most the window of 10.
+    first, second = (part % 100 for part in own.split(100))
+    assert max((part - torch.arange(100))[10:90].abs().max() for part in (first, second)) <= 10
