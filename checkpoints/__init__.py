@@ -5,13 +5,14 @@ unpickled beyond tensors (``weights_only=True``).
 """
 
 from .convert import convert, rename_keys
-from .files import load, save, save_model, write_atomically
+from .files import fetch, load, save, save_model, write_atomically
 from .released import RELEASED, ReleasedWeights
 
 __all__ = [
     "RELEASED",
     "ReleasedWeights",
     "convert",
+    "fetch",
     "load",
     "rename_keys",
     "save",

@@ -10,11 +10,11 @@ from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from ..checkpoints import rename_keys
+from ..checkpoints import RELEASED, fetch, rename_keys
 from ..checkpoints.files import unwrap
 
 Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
@@ -287,6 +287,8 @@ def build_backbone(
         feature_levels: how many of the last stages ``features_only`` returns unless ``out_indices`` says otherwise.
         **kwargs: arguments of the network and of timm's model factory.
     """
+    if pretrained:
+        kwargs["pretrained_cfg_overlay"] = _with_local_file(variant, **kwargs)
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -295,3 +297,14 @@ def build_backbone(
         feature_cfg={"out_indices": feature_levels, "feature_cls": FeatureNet},
         **kwargs,
     )
+
+
+def _with_local_file(
+    variant: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: Optional[dict[str, Any]] = None, **_: Any
+) -> Optional[dict[str, Any]]:
+    """The overlay of a pretrained_cfg, with the file where it has an address: timm keeps whatever a server sends."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if not isinstance(cfg.url, str) or not cfg.url or cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id:
+        return pretrained_cfg_overlay
+    sha256 = next((weights.sha256 for weights in RELEASED.values() if weights.url == cfg.url), "")
+    return {**(pretrained_cfg_overlay or {}), "file": str(fetch(cfg.url, sha256))}
