@@ -19,7 +19,7 @@ from .distributed import World, first_exception, is_restarted
 from .errors import RunPaused, RunStopped, UserError
 from .evaluate import evaluate
 from .folder import BEST, RunFolder, copy_checkpoint, find_resume_point
-from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, read_records
+from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, count_odd_lines, read_records
 from .probe import set_training_mode
 from .profiling import UpdateProfiler
 from .recipe import write_recipe
@@ -162,6 +162,8 @@ class Trainer:
         source = RunFolder(resume_point.parent)
         is_own = source.path.resolve() == self.folder.path.resolve()
         self.folder.claim(may_hold_files=is_own or is_restarted())
+        if odd := count_odd_lines(source.metrics):
+            self.notes.append(f"{source.metrics}: {odd} lines are no records and are left out")
         return read_records(source.metrics, last_epoch=self.state.epoch, last_step=self.state.step)
 
     def _open_sinks(self) -> list[Sink]:
