@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import load
 from ..checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from ..checkpoints.fit import belongs_to, describe_misfit
 from .errors import UserError, first_line
 from .folder import TRAINER_STATE, find_best
 
@@ -113,7 +114,7 @@ def _fit(module: nn.Module, given: Mapping[str, Any], whose: str, complete: bool
     classifiers = cfg.get("classifier") or ()
     fresh: dict[str, Tensor] = {}
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
-        own = {key: value for key, value in expected.items() if key.startswith(f"{classifier}.")}
+        own = {key: value for key, value in expected.items() if belongs_to(key, classifier)}
         if not complete and (reason := _reason_for_new_classifier(own, given)):
             fresh.update(own)
             module.weights_note = f"{whose}: {reason}: the classifier is a new one"
@@ -134,26 +135,6 @@ def _reason_for_new_classifier(own: Mapping[str, Tensor], given: Mapping[str, An
     if len(counts) == 1 and (count := counts.pop())[0] != count[1]:
         return f"{count[0]} classes, and {count[1]} in the data"
     return None
-
-
-def describe_misfit(given: Mapping[str, Any], expected: Mapping[str, Tensor], limit: int = 3) -> str:
-    """Which tensors are missing, left over, or of another shape, a few of each by name; empty where all fit."""
-    # Batch norm's counters are no weights, and old files have none.
-    missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
-    left_over = [key for key in given if key not in expected]
-    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in given.items()}
-    reshaped = [
-        f"{key} is {shapes[key]}, not {tuple(expected[key].shape)}"
-        for key in given
-        if key in expected and shapes[key] != tuple(expected[key].shape)
-    ]
-    found = {"missing": missing, "left over": left_over, "of another shape": reshaped}
-    return "; ".join(
-        f"{len(items)} of {len(given) if kind == 'left over' else len(expected)} tensors {kind} "
-        f"({', '.join(items[:limit])}{', ...' if len(items) > limit else ''})"
-        for kind, items in found.items()
-        if items
-    )
 
 
 def describe_classes(given: Sequence[str], expected: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import RELEASED, fetch, rename_keys
 from ..checkpoints.files import unwrap
+from ..checkpoints.fit import belongs_to, describe_misfit
 
 Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
 
@@ -263,8 +264,22 @@ def check_per_stage(**options: Sequence[Any]) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Backbone) -> dict[str, Tensor]:
-    """timm's hook for weights of a foreign layout; ours, with or without the classifier, pass as they are."""
-    return model.adapt_state_dict(state_dict)
+    """timm's hook for weights of a foreign layout; ours, with or without the classifier, pass as they are.
+
+    Raises:
+        ValueError: names besides the classifier's are missing or left over. timm looks at none of them where the
+            number of classes differs, and would leave the network as it was drawn.
+    """
+    adapted = model.adapt_state_dict(state_dict)
+    cfg = getattr(model, "pretrained_cfg", {})
+    classifier = cfg.get("classifier", "head.fc")
+    given, expected = (
+        {key: value for key, value in tensors.items() if not belongs_to(key, classifier)}
+        for tensors in (adapted, model.state_dict())
+    )
+    if problems := describe_misfit(dict.fromkeys(given), dict.fromkeys(expected)):
+        raise ValueError(f"not the weights of this {cfg.get('architecture', type(model).__name__)}: {problems}")
+    return adapted
 
 
 class FeatureNet(FeatureGetterNet):

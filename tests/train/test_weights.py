@@ -226,3 +226,22 @@ def test_a_saved_model_names_no_licence(tmp_path):
         text = (save_model(tmp_path / name, model) / "config.json").read_text()
         assert "license" not in text
         assert model.pretrained_cfg["license"] == "mit"
+
+
+@pytest.mark.parametrize("num_classes", [1000, 3, 0])
+@pytest.mark.parametrize("name", ["nat_pico", "shvit_pico_vicinal", "convit_pico_vicinal", "litv2_pico"])
+def test_timm_builds_no_model_of_ours_from_half_of_its_weights(tmp_path, name, num_classes):
+    """In Python too, where timm is as lenient as it likes with its own."""
+    tensors = timm.create_model(name).state_dict()
+    for content in (
+        dict(list(tensors.items())[::2]),
+        {"foo.bar": torch.zeros(2)},
+        {**tensors, "foo.bar": torch.zeros(2)},
+    ):
+        torch.save(content, tmp_path / "spoilt.pth")
+        overlay = {"file": str(tmp_path / "spoilt.pth")}
+        for features in ({}, {"features_only": True}):
+            with pytest.raises(ValueError, match=f"not the weights of this {name}: "):
+                timm.create_model(
+                    name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **features
+                )
