@@ -38,7 +38,9 @@ def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> 
     """
     model = create_model(config, img_size, num_classes, f"--model {config.name}")
     if config.probe == "attentive":
+        note = getattr(model, "weights_note", None)
         model = attach_attentive_head(model, num_classes, config.probe_queries)
+        model.weights_note = note
     if config.probe is not None:
         freeze(model)
     return model
@@ -71,13 +73,16 @@ def create_model(
     whose = flag if config.weights is None else f"--weights {config.weights}"
     try:
         with strict_loading(whose, complete) if is_loaded else nullcontext():
-            return timm.create_model(config.name, pretrained=is_loaded, num_classes=num_classes, **options)
+            model = timm.create_model(config.name, pretrained=is_loaded, num_classes=num_classes, **options)
     except UserError:
         raise
     except TypeError as error:
         raise UserError(f"{flag}: {_explain_option(error, name)}") from error
     except Exception as error:  # timm raises whatever its readers and the networks do
         raise UserError(f"{whose if is_loaded else flag}: {first_line(error)}") from error
+    if source and not is_loaded:
+        model.weights_note = f"{flag}: starts from fresh weights; --pretrained takes those that lie there"
+    return model
 
 
 def _check_model_name(name: str, pretrained: bool, flag: str) -> None:
@@ -118,8 +123,7 @@ def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[n
     except (UserError, NotImplementedError):
         is_complete = False
     if is_complete:
-        if note := getattr(whole, "weights_note", None):
-            model.weights_note = note
+        model.weights_note = getattr(whole, "weights_note", None)
         return _prepare(model, config.run, world), whole
     seed_all(stream_seed("weights", config.run.seed))
     return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None

@@ -132,15 +132,13 @@ class RunFolder:
         )
 
     def _swap(self, partial: Path, target: Path) -> None:
+        old = self.path / ("previous" if target.name == "last" else f".{target.name}.old")
         if target.is_dir():
-            old = self.path / ("previous" if target.name == "last" else f".{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-            partial.rename(target)
-            if target.name != "last":
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(target)
+        partial.rename(target)
+        if target.name != "last":
+            shutil.rmtree(old, ignore_errors=True)
         _flush_folder(self.path)
 
     def _describe_failure(self, name: str, partial: Path, failure: str, world: World) -> str:

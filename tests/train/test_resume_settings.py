@@ -14,6 +14,7 @@ from vicinal.train import loop, resume
 from vicinal.train.config import SECTIONS
 from vicinal.train.folder import RunFolder, find_best, find_damage, read_facts
 from vicinal.train.recipe import read_recipe
+from vicinal.train.update import Updater
 
 
 @pytest.fixture
@@ -262,6 +263,7 @@ def test_a_run_that_dies_between_last_and_best_loses_nothing(run, monkeypatch, c
     assert_identical(weights(parts, "best"), expected)
     assert find_damage(parts / "best") is None
     assert find_best(parts) == (parts / "best", None)
+    assert not list(parts.glob(".best.*"))
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed", "another epoch's"])
@@ -282,3 +284,37 @@ def test_a_best_model_that_is_lost_is_sought_anew(run, monkeypatch, capsys, dama
     assert "best is not the model of epoch 1: the best is sought anew" in out
     assert "(best 55.00 % in epoch 3)" in out
     assert_identical(weights(folder, "best"), weights(folder, "epoch-0003"))
+
+
+def test_inside_an_epoch_the_best_model_is_not_the_one_at_hand(run, after_first_step, monkeypatch, capsys):
+    """best/ of the first epoch is lost while the second one runs: the second one's takes its place at its end."""
+    accuracies(monkeypatch, 60.0, 50.0)
+    _, folder = run("--epochs", 1, "--save-interval", 1)
+    after_first_step()
+    code, _ = run("--epochs", 2, "--save-interval", 1, "--resume", "auto")
+    assert code == 75
+    assert read_facts(folder / "last") == {"epoch": 1, "position": 12, "best_epoch": 1}
+    shutil.rmtree(folder / "best")
+    capsys.readouterr()
+    assert run("--epochs", 2, "--save-interval", 1, "--resume", "auto")[0] == 0
+    out = capsys.readouterr().out
+    assert "best is not the model of epoch 1: the best is sought anew" in out
+    assert "(best 50.00 % in epoch 2)" in out
+    assert_identical(weights(folder, "best"), weights(folder, "epoch-0002"))
+
+
+@pytest.fixture
+def after_first_step(monkeypatch):
+    """Once called, let the next run be told to end after its first update."""
+
+    def arm():
+        updates = Updater.run
+
+        def stop(updater, *given):
+            monkeypatch.setattr(Updater, "run", updates)
+            updater.should_stop = lambda: True
+            return updates(updater, *given)
+
+        monkeypatch.setattr(Updater, "run", stop)
+
+    return arm
