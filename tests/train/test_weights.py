@@ -248,7 +248,7 @@ def test_timm_builds_no_model_of_ours_from_half_of_its_weights(tmp_path, name, n
 
 
 def test_a_saved_model_without_pretrained_is_said_to_start_anew(saved):
-    name, folder = saved
+    _, folder = saved
     model = build_model(ModelConfig(f"local-dir:{folder}"), None, 5)
     assert model.weights_note == (
         f"--model local-dir:{folder}: starts from fresh weights; --pretrained takes those that lie there"
