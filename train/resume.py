@@ -132,7 +132,9 @@ def _compare_data(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]
     for part in ("training images", "held-out images"):
         if saved[part]["count"] != own[part]["count"]:
             return [f"--data has {own[part]['count']} {part} (was {saved[part]['count']})"]
-        if saved[part]["labels"] != own[part]["labels"] and None not in (saved[part]["labels"], own[part]["labels"]):
+        if (saved[part]["labels"] is None) != (own[part]["labels"] is None):
+            return [f"--data {now} (was {was}): a stream has an order of its own"]
+        if saved[part]["labels"] != own[part]["labels"]:
             return [f"--data has {part} of other classes than before, or in another order"]
         if was != now and saved[part]["pixels"] != own[part]["pixels"]:
             return [f"--data {now} has other {part} than {was}"]

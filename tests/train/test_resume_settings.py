@@ -11,9 +11,10 @@ from launch import assert_identical, weights
 from PIL import Image
 
 from vicinal.train import loop, resume
-from vicinal.train.config import SECTIONS
+from vicinal.train.config import SECTIONS, TrainConfig
+from vicinal.train.errors import UserError
 from vicinal.train.folder import RunFolder, find_best, find_damage, read_facts
-from vicinal.train.recipe import read_recipe
+from vicinal.train.recipe import as_plain, read_recipe
 from vicinal.train.update import Updater
 
 
@@ -318,3 +319,14 @@ def after_first_step(monkeypatch):
         monkeypatch.setattr(Updater, "run", stop)
 
     return arm
+
+
+def test_a_stream_of_the_same_images_is_another_order():
+    images = {"count": 3, "labels": "digest", "pixels": "digest"}
+    plain = as_plain(dataclasses.asdict(TrainConfig()))
+    saved = {"config": plain, "classes": ["a"], "training images": images, "held-out images": images}
+    assert resume.hold_against(saved, saved, "--resume run") == []
+    streamed = {**plain, "data": {**plain["data"], "name": "wds/digits"}}
+    own = {**saved, "config": streamed, "training images": {**images, "labels": None}}
+    with pytest.raises(UserError, match=r"--data wds/digits \(was digits\): a stream has an order of its own"):
+        resume.hold_against(saved, own, "--resume run")
