@@ -5,7 +5,7 @@ unpickled beyond tensors (``weights_only=True``).
 """
 
 from .convert import convert, rename_keys
-from .files import load, save, save_model, write_atomically
+from .files import fetch, load, save, save_model, write_atomically
 from .keys import Layout
 from .released import RELEASED, ReleasedWeights
 
@@ -14,6 +14,7 @@ __all__ = [
     "Layout",
     "ReleasedWeights",
     "convert",
+    "fetch",
     "load",
     "rename_keys",
     "save",

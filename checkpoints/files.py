@@ -1,16 +1,20 @@
 """Reading and writing weight files: safetensors on disk, atomic, and no unpickling of untrusted data."""
 
+import hashlib
+import json
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+DOWNLOAD_TIMEOUT = 30.0
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
@@ -69,6 +73,8 @@ def save(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: Ma
 def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Write a timm model as a folder that ``timm.create_model("local-dir:FOLDER")`` rebuilds.
 
+    ``config.json`` names no licence: that of the architecture's released weights says nothing of these.
+
     Args:
         folder: created if missing; holds ``model.safetensors`` and ``config.json``, each written atomically.
         model: a model made by ``timm.create_model``.
@@ -77,12 +83,19 @@ def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: Mapping[
     Returns:
         The folder.
     """
-    from ..timm_internals import save_config_for_hf
-
     folder = Path(folder)
-    write_atomically(folder / CONFIG_NAME, lambda temporary: save_config_for_hf(model, temporary))
+    write_atomically(folder / CONFIG_NAME, lambda temporary: _write_config(model, Path(temporary)))
     save(folder / WEIGHTS_NAME, model.state_dict() if state_dict is None else state_dict)
     return folder
+
+
+def _write_config(model: nn.Module, path: Path) -> None:
+    from ..timm_internals import save_config_for_hf
+
+    save_config_for_hf(model, str(path))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["pretrained_cfg"].pop("license", None)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def load(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -101,14 +114,72 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(
             f"no weights at {str(path)!r}: give a .safetensors or .pth file, or a folder with {WEIGHTS_NAME}"
         )
+    return _read(path, path.suffix == ".safetensors")
+
+
+def _read(path: Path, is_safetensors: bool) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors:
             return safetensors.torch.load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a file that is no checkpoint makes whatever it likes of an unpickler: KeyError 101
+        # With the type: some messages are a bare number or name.
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise ValueError(f"cannot read weights from {str(path)!r}: {reason}") from error
-    return unwrap(checkpoint)
+    try:
+        return unwrap(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"cannot read weights from {str(path)!r}: {error}") from error
+
+
+def fetch(
+    url: str, sha256: str = "", folder: str | os.PathLike | None = None, timeout: float = DOWNLOAD_TIMEOUT
+) -> Path:
+    """Download a file of weights, unless it is there already; what is kept was whole, and can be read.
+
+    Args:
+        url: address; the file is kept under a name made of all of it.
+        sha256: of the file, in hexadecimal, where it is known.
+        folder: where downloads are kept; torch.hub's if not given.
+        timeout: seconds without a byte after which to give up.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: no answer, an answer cut short, another hash, or something that holds no weights, such as a web
+            page; the message names the address, and nothing is kept.
+    """
+    folder = Path(folder or Path(torch.hub.get_dir()) / "checkpoints")
+    name = Path(unquote(urlsplit(url).path)).name or "weights"
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    if not path.is_file():
+        write_atomically(path, lambda temporary: _download(url, Path(temporary), sha256, timeout))
+    return path
+
+
+def _download(url: str, path: Path, sha256: str, timeout: float) -> None:
+    digest = hashlib.sha256()
+    try:
+        with (
+            urlopen(Request(url, headers={"User-Agent": "vicinal"}), timeout=timeout) as answer,
+            path.open("wb") as file,
+        ):
+            announced, kind = answer.headers.get("Content-Length"), answer.headers.get_content_type()
+            while chunk := answer.read(2**20):
+                digest.update(chunk)
+                file.write(chunk)
+            size = file.tell()
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"cannot download {url}: {error or type(error).__name__}") from error
+    if announced is not None and size != int(announced):
+        raise ValueError(f"cannot download {url}: cut short, {size} of {announced} bytes came")
+    if sha256 and digest.hexdigest() != sha256.lower():
+        raise ValueError(f"cannot download {url}: its SHA-256 is {digest.hexdigest()}, expected {sha256}")
+    try:
+        _read(path, urlsplit(url).path.endswith(".safetensors"))
+    except ValueError as error:
+        raise ValueError(f"cannot download {url}: the {size} bytes of {kind} that came hold no weights") from error
 
 
 def unwrap(checkpoint: object) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ def draw_report(run: str | Path) -> Path:
     epochs = [record for record in read_records(run / "metrics.jsonl") if record["event"] == "epoch"]
     if not epochs:
         raise UserError(f"{run}: no epoch is finished yet")
-    examples = choose_examples(load_model(find_model(str(run))), config)
+    examples = choose_examples(load_model(find_model(str(run))[0]), config)
     figure = Figure(figsize=(13, 7.6), dpi=130, facecolor="white", layout="constrained")
     _draw(figure, config, epochs, examples)
     return write_atomically(run / "report.png", lambda temporary: figure.savefig(temporary, format="png"))

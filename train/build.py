@@ -1,9 +1,9 @@
 """From configuration to model, task, optimizer and schedule; every name is checked before any work is done."""
 
 import inspect
-import json
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,63 +26,72 @@ from .errors import UserError, first_line, nearest
 from .probe import attach_attentive_head, freeze
 from .randomness import seed_all, stream_seed
 from .sharding import ShardedTask, is_whole_on_meta
+from .weights import check_model_folder, describe_classes, locate_weights, strict_loading
 
 
 def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> nn.Module:
     """Create the network, with the head and what is frozen under ``probe``.
 
     Raises:
-        UserError: unknown name, unknown option, an option's value that the model refuses, or weights that are missing.
+        UserError: unknown name, unknown option, an option's value that the model refuses, or weights that are missing
+            or another model's.
     """
-    source, name = parse_model_name(config.name)
-    if not source:
-        _check_model_name(name, config.pretrained)
-    options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate, **config.model_kwargs}
-    if img_size is not None and not source and get_pretrained_cfg(name).fixed_input_size:
-        options.setdefault("img_size", img_size)
-    if config.weights is not None:
-        options["pretrained_cfg_overlay"] = locate_weights(config.weights, name)
-    is_loaded = config.pretrained or config.weights is not None
-    try:
-        model = timm.create_model(config.name, pretrained=is_loaded, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"--model {config.name}: {_explain_option(error, name)}") from error
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise UserError(f"--model {config.name}: {first_line(error)}") from error
+    model = create_model(config, img_size, num_classes, f"--model {config.name}")
     if config.probe == "attentive":
+        note = getattr(model, "weights_note", None)
         model = attach_attentive_head(model, num_classes, config.probe_queries)
+        model.weights_note = note
     if config.probe is not None:
         freeze(model)
     return model
 
 
-def locate_weights(weights: str, name: str) -> dict[str, Any]:
-    """The entries of timm's pretrained_cfg that load a run, a checkpoint's folder, a file, or a model's release.
+def create_model(
+    config: ModelConfig, img_size: int | None, num_classes: int, flag: str, complete: bool = False
+) -> nn.Module:
+    """Create the network that a configuration names, with its weights where it asks for some.
 
     Args:
-        weights: what ``--weights`` says.
-        name: of the model, whose number of classes a file is taken to have.
+        flag: how a message calls the model, such as ``--model nat_pico``.
+        complete: whether the weights must bring the classifier too.
     """
-    folders = [Path(weights), Path(weights) / "best", Path(weights) / "last"]
-    folder = next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
-    if folder is not None:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {"file": str(folder / "model.safetensors"), "num_classes": described["num_classes"]}
-    if Path(weights).is_file():
-        return {"file": weights, "num_classes": get_pretrained_cfg(name).num_classes}
-    if is_model(weights) and is_model_pretrained(weights):
-        cfg = get_pretrained_cfg(weights)
-        return {key: getattr(cfg, key) for key in ("url", "file", "hf_hub_id", "hf_hub_filename", "num_classes")}
-    raise UserError(f"--weights {weights}: no file, no folder of a run or a checkpoint, and no model with weights")
+    try:
+        source, name = parse_model_name(config.name)
+    except ValueError as error:
+        raise UserError(f"{flag}: {first_line(error)}") from error
+    if not source:
+        _check_model_name(name, config.pretrained, flag)
+    options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate, **config.model_kwargs}
+    if img_size is not None and not source and get_pretrained_cfg(name).fixed_input_size:
+        options.setdefault("img_size", img_size)
+    is_loaded = config.pretrained or config.weights is not None
+    if is_loaded:
+        located = {} if config.weights is None else locate_weights(config.weights)
+        options["pretrained_cfg_overlay"] = {**located, "num_classes": num_classes}
+    if source == "local-dir":
+        check_model_folder(Path(name), flag)
+    whose = flag if config.weights is None else f"--weights {config.weights}"
+    try:
+        with strict_loading(whose, complete) if is_loaded else nullcontext():
+            model = timm.create_model(config.name, pretrained=is_loaded, num_classes=num_classes, **options)
+    except UserError:
+        raise
+    except TypeError as error:
+        raise UserError(f"{flag}: {_explain_option(error, name)}") from error
+    except Exception as error:  # timm raises whatever its readers and the networks do
+        raise UserError(f"{whose if is_loaded else flag}: {first_line(error)}") from error
+    if source and not is_loaded:
+        model.weights_note = f"{flag}: starts from fresh weights; --pretrained takes those that lie there"
+    return model
 
 
-def _check_model_name(name: str, pretrained: bool) -> None:
+def _check_model_name(name: str, pretrained: bool, flag: str) -> None:
     if not is_model(name):
         hint = nearest(name.partition(".")[0], timm.list_models()) or "timm.list_models() lists them"
-        raise UserError(f"--model {name}: no such model; {hint}")
+        raise UserError(f"{flag}: no such model; {hint}")
     # timm only warns here, and would train from scratch.
     if pretrained and not is_model_pretrained(name):
-        raise UserError(f"--model {name}: no released weights are known; leave out --pretrained")
+        raise UserError(f"{flag}: no released weights are known; leave out --pretrained")
 
 
 def _explain_option(error: TypeError, name: str) -> str:
@@ -106,7 +115,7 @@ def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[n
     if config.run.parallel == "ddp":
         return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
     whole = build_model(config.model, config.data.img_size, num_classes) if world.is_primary else None
-    plan = replace(config.model, pretrained=False)
+    plan = replace(config.model, pretrained=False, weights=None)
     try:
         with torch.device("meta"):
             model = build_model(plan, config.data.img_size, num_classes)
@@ -114,6 +123,7 @@ def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[n
     except (UserError, NotImplementedError):
         is_complete = False
     if is_complete:
+        model.weights_note = getattr(whole, "weights_note", None)
         return _prepare(model, config.run, world), whole
     seed_all(stream_seed("weights", config.run.seed))
     return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
@@ -141,11 +151,20 @@ def _build_whole_task(model: nn.Module, config: TrainConfig, loss: dict[str, Any
             f"--teacher: {config.model.name} has no second classifier to learn from it; SHViT has one with "
             "--model-kwargs distilled=true"
         )
-    wanted = ModelConfig(name=config.model.teacher, pretrained=True)
-    teacher = build_model(wanted, None, model.num_classes).to(world.device).requires_grad_(False)
+    teacher = _build_teacher(config.model.teacher, model).to(world.device).requires_grad_(False)
     share = config.model.teacher_weight
     weights = {"task_loss_weight": 1 - share, "distill_loss_weight": share}
     return TokenDistillationTask(model, teacher, distill_type="hard", **weights, **options)
+
+
+def _build_teacher(name: str, student: nn.Module) -> nn.Module:
+    """The teacher with its weights, classifier included: one that was drawn would teach noise."""
+    wanted = ModelConfig(name=name, pretrained=True)
+    teacher = create_model(wanted, None, student.num_classes, f"--teacher {name}", complete=True)
+    classes, taught = (model.pretrained_cfg.get("label_names") for model in (student, teacher))
+    if classes and taught and list(classes) != list(taught):
+        raise UserError(f"--teacher {name}: {describe_classes(taught, classes)}; it needs those of --data, in order")
+    return teacher
 
 
 def build_task(model: nn.Module, source: nn.Module | None, config: TrainConfig, world: World) -> TrainingTask:

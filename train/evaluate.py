@@ -6,6 +6,7 @@ from torch import nn
 
 from .data import Preprocess
 from .distributed import World
+from .errors import UserError
 from .loader import IGNORED_TARGET, Batches
 
 
@@ -20,6 +21,9 @@ def evaluate(
 
     Returns:
         ``loss`` (cross-entropy, mean over images), ``top1`` and ``top5`` in percent, ``images`` counted.
+
+    Raises:
+        UserError: in all processes, where no image at all can be counted.
     """
     model.eval()
     evaluator = ClassificationEvaluator(device=world.device)
@@ -36,5 +40,10 @@ def evaluate(
             logits, labels = logits[readable.to(logits.device)], labels[readable.to(labels.device)]
         if len(labels):
             evaluator.update(logits, labels)
-    metrics = evaluator.compute(distributed=world.is_distributed)
-    return {**metrics, "images": world.sum(evaluator.num_samples)}
+    counted = world.sum(evaluator.num_samples)
+    if counted == 0:
+        raise UserError(
+            f"none of the {batches.sampler.num_images} held-out images can be read, so that there is nothing to "
+            "measure: vicinal data check lists them"
+        )
+    return {**evaluator.compute(distributed=world.is_distributed), "images": counted}

@@ -7,18 +7,24 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from ..checkpoints import write_atomically
+from ..checkpoints.files import WEIGHTS_NAME
 from .distributed import World, first_exception, is_restarted
 from .errors import RunStopped, UserError, first_line
 
 TRAINER_STATE = "trainer.pt"
 MANIFEST = "manifest.json"
+BEST = "best"
 _LOCK = ".lock"
+# What JSON that is not the manifest's, or not even JSON, makes of the lines that read it.
+MANIFEST_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -81,12 +87,15 @@ class RunFolder:
         """The checkpoints from which the run can go on, newest first."""
         return [path for path in (self.path / "last", self.path / "previous") if path.is_dir()]
 
-    def replace(self, name: str, write: Callable[[Path], None], world: World) -> Path:
+    def replace(
+        self, name: str, write: Callable[[Path], None], world: World, facts: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write a checkpoint and put it in the place of the old one; all processes call this together.
 
         Args:
             name: of the folder; the old ``last`` becomes ``previous``.
             write: fills the folder that it is given, in every process.
+            facts: kept in the manifest, see :func:`read_facts`.
 
         Raises:
             RunStopped: in all processes, if one could not write; the old checkpoint is untouched.
@@ -94,13 +103,13 @@ class RunFolder:
         target, partial = self.path / name, self.path / f".{name}.partial"
         failure = _attempt(world, lambda: _make_empty(partial) if world.is_primary else None)
         failure = failure or _attempt(world, lambda: write(partial))
-        failure = failure or self._list_files(partial, world)
+        failure = failure or self._list_files(partial, world, facts or {})
         failure = failure or _attempt(world, lambda: self._swap(partial, target) if world.is_primary else None)
         if failure:
             raise RunStopped(self._describe_failure(name, partial, failure, world))
         return target
 
-    def _list_files(self, partial: Path, world: World) -> str | None:
+    def _list_files(self, partial: Path, world: World, facts: Mapping[str, Any]) -> str | None:
         """Write the manifest; the processes share the work of reading the files again."""
         digests: dict[str, dict] = {}
 
@@ -111,7 +120,7 @@ class RunFolder:
         merged = {name: entry for share in world.collect(digests) for name, entry in share.items()}
         if failure:
             return failure
-        text = json.dumps({"files": merged}, indent=1, sort_keys=True)
+        text = json.dumps({"facts": dict(facts), "files": merged}, indent=1, sort_keys=True)
         path = partial / MANIFEST
         return _attempt(
             world,
@@ -123,15 +132,13 @@ class RunFolder:
         )
 
     def _swap(self, partial: Path, target: Path) -> None:
+        old = self.path / ("previous" if target.name == "last" else f".{target.name}.old")
         if target.is_dir():
-            old = self.path / ("previous" if target.name == "last" else f".{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-            partial.rename(target)
-            if target.name != "last":
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(target)
+        partial.rename(target)
+        if target.name != "last":
+            shutil.rmtree(old, ignore_errors=True)
         _flush_folder(self.path)
 
     def _describe_failure(self, name: str, partial: Path, failure: str, world: World) -> str:
@@ -143,6 +150,11 @@ class RunFolder:
             f"cannot write checkpoint {self.path / name}: {failure} ({free / 2**20:.1f} MiB were free); "
             f"{intact} of before is intact: make room, then --resume auto"
         )
+
+    def find_best_of(self, epoch: int) -> Path | None:
+        """``best/``, if it is whole and the model of that epoch."""
+        best = self.path / BEST
+        return best if read_facts(best).get("epoch") == epoch and find_damage(best) is None else None
 
     def keep_newest(self, count: int) -> None:
         """Remove the checkpoints of single epochs but the newest."""
@@ -191,24 +203,67 @@ def digest_files(folder: Path, names: list[str]) -> dict[str, dict]:
     return digests
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint's files into a folder, but for the manifest."""
+    for name in list_files(source):
+        if name != MANIFEST:
+            write_atomically(target / name, partial(shutil.copyfile, source / name))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """How far the run had come when a checkpoint was written; empty where its manifest does not say."""
+    try:
+        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["facts"]
+    except MANIFEST_ERRORS:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def find_best(run: Path) -> tuple[Path | None, str | None]:
+    """The folder of a run's best model, or None, and what to say about the choice.
+
+    A process that dies between writing ``last/`` and ``best/`` leaves the best model in ``last/`` alone.
+    """
+    best, last = run / BEST, run / "last"
+    facts = read_facts(last)
+    is_last_best = facts.get("position") == 0 and facts.get("epoch") is not None
+    is_last_best = is_last_best and facts["epoch"] == facts.get("best_epoch")
+    has_last = (last / WEIGHTS_NAME).is_file()
+    if is_last_best and has_last and read_facts(best).get("epoch") != facts["epoch"]:
+        return last, f"{best} is not of the best epoch, {facts['epoch']}: the run died before it was written; {last} is"
+    if best.is_dir():
+        return best, None
+    return (last, f"{best} is not there: {last} is taken, the newest model") if has_last else (None, None)
+
+
+def find_damage(folder: Path, needed: str = WEIGHTS_NAME) -> str | None:
+    """What is wrong with a checkpoint's files, of which it must have one, or None."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    except MANIFEST_ERRORS as error:
         return f"{MANIFEST} cannot be read: {first_line(error)}"
-    for name, entry in listed.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} of {entry['bytes']} bytes"
+    if needed not in entries:
+        return f"{MANIFEST} does not list {needed}"
+    for name, entry in entries.items():
         try:
-            if digest_files(folder, [name])[name] != entry:
-                return f"the content of {name} has changed"
-        except OSError as error:
+            if damage := _find_damage_of(folder, name, *entry):
+                return damage
+        except (OSError, ValueError) as error:  # such as a name that no file can have
             return f"{name} cannot be read: {first_line(error)}"
     return None
+
+
+def _find_damage_of(folder: Path, name: str, size: Any, sha256: Any) -> str | None:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{MANIFEST} lists {name}, which lies elsewhere"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} of {size} bytes"
+    is_same = digest_files(folder, [name])[name]["sha256"] == sha256
+    return None if is_same else f"the content of {name} has changed"
 
 
 def find_resume_point(resume: str | None, output: RunFolder, world: World) -> tuple[Path | None, list[str]]:
@@ -238,7 +293,7 @@ def _search(resume: str | None, output: RunFolder) -> tuple[Path | None, list[st
         return None, [], f"--resume {resume}: no last/ checkpoint there; give the folder of a run, or auto"
     notes = []
     for folder in candidates:
-        damage = find_damage(folder)
+        damage = find_damage(folder, needed=TRAINER_STATE)
         if damage is None:
             return folder, [*notes, f"going on from {folder}"] if notes else notes, None
         notes.append(f"{folder} is damaged: {damage}")

@@ -135,17 +135,31 @@ class MetricsLog:
 def read_records(path: Path, last_epoch: int | None = None, last_step: int | None = None) -> list[dict[str, Any]]:
     """The records of ``metrics.jsonl``, up to a finished epoch and an update if they are given.
 
-    A torn last line is left out.
+    Lines that are no records are left out, such as a last one that a kill cut short: :func:`count_odd_lines`.
     """
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return [
         record
-        for record in records
+        for record in filter(None, map(_parse_record, _read_lines(path)))
         if (last_step is None or record["step"] <= last_step)
         and (last_epoch is None or record["event"] != "epoch" or record["epoch"] <= last_epoch)
     ]
+
+
+def count_odd_lines(path: Path) -> int:
+    """Lines of ``metrics.jsonl`` that are no records; a torn last one is not counted."""
+    # What follows the last end of a line is empty, or torn.
+    return sum(_parse_record(line) is None for line in _read_lines(path)[:-1])
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n") if path.is_file() else []
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("event"), str)
+    numbers = (record.get(name) for name in ("step", "epoch")) if is_record else (None,)
+    return record if all(isinstance(number, int) for number in numbers) else None

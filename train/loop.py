@@ -1,8 +1,9 @@
 """The loop: epochs of updates, evaluation after each, checkpoints, and records of it all."""
 
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from .config import TrainConfig
 from .distributed import World, first_exception, is_restarted
 from .errors import RunPaused, RunStopped, UserError
 from .evaluate import evaluate
-from .folder import RunFolder, find_resume_point
-from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, read_records
+from .folder import BEST, RunFolder, copy_checkpoint, find_resume_point
+from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, count_odd_lines, read_records
 from .probe import set_training_mode
 from .profiling import UpdateProfiler
 from .recipe import write_recipe
+from .resume import describe_settings
 from .screen import Progress, open_screen, peak_memory
 from .sharding import all_finite
 from .signals import StopRequest
@@ -81,9 +83,13 @@ class Trainer:
         resume_point, self.notes = find_resume_point(config.run.resume, self.folder, world)
         self.parts = parts = build_components(config, world)
         self.state = parts.state
+        images = (batches.dataset.images for batches in (parts.batches, parts.val_batches))
+        self.state.settings = describe_settings(config, *images)
+        note = getattr(self.state.model, "weights_note", None)
+        if note and resume_point is None:
+            self.notes.append(note)
         if resume_point is not None:
-            self.state.restore(resume_point, world)
-            parts.broken.messages = list(self.state.broken)
+            self._restore(resume_point)
         self.stop = StopRequest()
         self.memory = 0
         self.updater = Updater(
@@ -95,6 +101,41 @@ class Trainer:
             count_broken=lambda: len(parts.broken.fresh),
         )
         self._open_folder(resume_point)
+        if resume_point is not None:
+            self._recover_best(RunFolder(resume_point.parent))
+
+    def _restore(self, resume_point: Path) -> None:
+        self.notes += self.state.restore(resume_point, self.world)
+        self.parts.broken.messages = list(self.state.broken)
+        if self.state.epoch > self.config.schedule.epochs:
+            raise UserError(
+                f"--epochs {self.config.schedule.epochs}: {resume_point} has done {self.state.epoch} already; "
+                "raise it, or leave out --resume"
+            )
+
+    def _recover_best(self, source: RunFolder) -> None:
+        """Have ``best/`` be what the checkpoint says: bring it along, or write again what was lost with a process.
+
+        Where it is gone for good, the best model is sought anew, from the one at hand on.
+        """
+        state, epoch = self.state, self.state.best_epoch
+        if epoch == 0:
+            return
+        found = self.world.share(source.find_best_of(epoch) if self.world.is_primary else None)
+        is_own = source.path.resolve() == self.folder.path.resolve()
+        if found is not None:
+            if not is_own:
+                self._save_best(lambda folder: copy_checkpoint(found, folder) if self.world.is_primary else None)
+            return
+        if epoch != state.epoch or state.position:
+            self.notes.append(f"{source.path / BEST} is not the model of epoch {epoch}: the best is sought anew")
+            has_ended = state.position == 0
+            state.best_top1, state.best_epoch = (state.top1, state.epoch) if has_ended else (-math.inf, 0)
+        if state.best_epoch:
+            self._save_best(state.prepare_model(self.world))
+
+    def _save_best(self, write: Callable[[Path], None]) -> None:
+        self.folder.replace(BEST, write, self.world, {"epoch": self.state.best_epoch})
 
     def _open_folder(self, resume_point: Path | None) -> None:
         self.log: MetricsLog | None = None
@@ -105,8 +146,11 @@ class Trainer:
                 self.log = MetricsLog(self.folder.metrics, self.folder.table, records, self._open_sinks())
                 write_recipe(self.config, self.folder.config)
         except UserError as caught:
-            self.folder.release()
             error = caught
+        except OSError as caught:
+            error = UserError(f"--output {self.folder.path}: cannot be written: {caught.strerror or caught}")
+        if error is not None:
+            self.folder.release()
         if message := first_exception(self.world, error):
             raise UserError(message) from error
 
@@ -118,6 +162,8 @@ class Trainer:
         source = RunFolder(resume_point.parent)
         is_own = source.path.resolve() == self.folder.path.resolve()
         self.folder.claim(may_hold_files=is_own or is_restarted())
+        if odd := count_odd_lines(source.metrics):
+            self.notes.append(f"{source.metrics}: {odd} lines are no records and are left out")
         return read_records(source.metrics, last_epoch=self.state.epoch, last_step=self.state.step)
 
     def _open_sinks(self) -> list[Sink]:
@@ -308,7 +354,7 @@ class Trainer:
                 "set --clip-grad 1.0, or use --precision float32; the last checkpoint is from before"
             )
         write = self.state.prepare(self.world, as_shares=self.config.run.sharded_checkpoints)
-        self.folder.replace("last", write, self.world)
+        self.folder.replace("last", write, self.world, self.state.facts())
 
     def _save_epoch(self, top1: float) -> None:
         state, run = self.state, self.config.run
@@ -318,9 +364,9 @@ class Trainer:
             state.best_top1, state.best_epoch = top1, state.epoch
         self._save_last()
         if improved:
-            self.folder.replace("best", state.prepare_model(self.world), self.world)
+            self._save_best(state.prepare_model(self.world))
         if run.save_epochs is not None and state.epoch % run.save_epochs == 0:
-            self.folder.replace(f"epoch-{state.epoch:04d}", state.prepare(self.world), self.world)
+            self.folder.replace(f"epoch-{state.epoch:04d}", state.prepare(self.world), self.world, state.facts())
             if self.world.is_primary:
                 self.folder.keep_newest(run.keep)
 

@@ -138,14 +138,15 @@ def _read_base(name: Any, path: Path, above: tuple[Path, ...]) -> dict[str, dict
 
 def write_recipe(config: TrainConfig, path: str | Path) -> None:
     """Write a configuration as a complete recipe that :func:`read_recipe` reads back to an equal one, atomically."""
-    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    text = yaml.safe_dump(as_plain(dataclasses.asdict(config)), sort_keys=False)
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """The same nested mappings with lists for tuples, as YAML reads them back."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {key: as_plain(item) for key, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _require_mapping(content: Any, where: str) -> Mapping:

@@ -1,5 +1,6 @@
 """FSDP2: weights, gradients and optimizer state in shares, block by block, and the way between shares and wholes."""
 
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -270,12 +271,19 @@ class _TensorReader(dcp.FileSystemReader):
             isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()
         ):
             raise ValueError(f"{self.path}: holds entries that are not tensors")
+        paths = [Path(str(place.relative_path)) for place in (metadata.storage_data or {}).values()]
+        if any(path.is_absolute() or ".." in path.parts for path in paths):
+            raise ValueError(f"{self.path}: names files that lie elsewhere")
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the types of which checkpoint metadata of tensors consists, and no others."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Knows the types of which checkpoint metadata of tensors consists, and no others.
+
+    In Python, because the C version cannot be told to leave attributes alone: a pickle may set those of whatever it
+    can name, classes and functions of torch among them.
+    """
 
     ALLOWED = {  # noqa: RUF012
         "torch.distributed.checkpoint.metadata": {
@@ -294,6 +302,22 @@ class _MetadataUnpickler(pickle.Unpickler):
         if name not in self.ALLOWED.get(module, ()):
             raise ValueError(f"checkpoint metadata names {module}.{name}, which is none of its types")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Fill an object: only one of the metadata's own, with its own fields."""
+        instance, state = self.stack[-2:]
+        fields = {field.name for field in dataclasses.fields(instance)} if _is_entry(instance) else set()
+        # A mapping of fields, or what TensorProperties makes of itself.
+        is_own = isinstance(state, dict) and state.keys() <= fields
+        if not fields or not (is_own or (isinstance(state, tuple) and hasattr(instance, "__setstate__"))):
+            raise ValueError(f"checkpoint metadata sets attributes of {instance!r:.80}, which it may not")
+        super().load_build()
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # noqa: RUF012
+
+
+def _is_entry(instance: Any) -> bool:
+    return not isinstance(instance, type) and dataclasses.is_dataclass(instance)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -6,7 +6,6 @@ Random generators are not part of it (see :mod:`.randomness`), and neither is th
 
 import io
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from ..checkpoints import load, save, save_model, write_atomically
 from .distributed import World
 from .errors import UserError, first_line
 from .folder import TRAINER_STATE
+from .resume import changed_options, hold_against
 from .sharding import (
     as_wholes,
     empty_shares,
@@ -36,11 +36,17 @@ from .sharding import (
 
 TRAINING_WEIGHTS = "training_weights.safetensors"
 SHARES = "shares"
-_FORMAT = 2
-_PROGRESS = (
-    *("epoch", "position", "step", "loss_sum", "loss_batches", "skips", "broken"),
-    *("top1", "best_top1", "best_epoch"),
-)
+_FORMAT = 3
+_COUNTERS = ("epoch", "position", "step", "loss_batches", "skips", "best_epoch")
+_NUMBERS = ("loss_sum", "top1", "best_top1")
+_PROGRESS = (*_COUNTERS, *_NUMBERS, "broken")
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys((*_COUNTERS, "processes"), int),
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **{"broken": list, "average": bool, "optimizer": dict, "scaler": (dict, type(None)), "settings": dict},
+}
+# States of the optimizers that have a number for each weight.
+_LIKE_THE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass
@@ -67,6 +73,8 @@ class TrainState:
     """Held-out accuracy after the last finished epoch, percent."""
     best_top1: float = -math.inf
     best_epoch: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the run is held against when it goes on from a checkpoint: see :mod:`.resume`."""
 
     @property
     def model(self) -> nn.Module:
@@ -118,6 +126,7 @@ class TrainState:
             **{name: getattr(self, name) for name in _PROGRESS},
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "settings": self.settings,
         }
         buffers = self._own_buffers()
 
@@ -159,17 +168,28 @@ class TrainState:
             for key, buffer in module.named_buffers(recurse=False)
         }
 
-    def restore(self, folder: Path, world: World) -> None:
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of how far the run has come."""
+        return {"epoch": self.epoch, "position": self.position, "best_epoch": self.best_epoch}
+
+    def restore(self, folder: Path, world: World) -> list[str]:
         """Read what :meth:`prepare` wrote, on any number of processes, sharded or not.
 
+        Options of the optimizer that are different now take the place of those that the checkpoint holds.
+
+        Returns:
+            What to say of the settings that are different now.
+
         Raises:
-            UserError: a file is missing or damaged, or belongs to another model or other settings.
+            UserError: a file is missing or damaged, or belongs to another model, other data or other settings.
         """
         progress = _read_progress(folder / TRAINER_STATE)
+        notes = hold_against(progress["settings"], self.settings, f"--resume {folder}")
         as_shares = (folder / SHARES).is_dir()
         if as_shares and not self.is_sharded:
             raise UserError(f"--resume {folder}: written with --sharded-checkpoints; add --parallel fsdp to read it")
         self._check_average(folder, progress["average"])
+        fresh = [dict(group) for group in self.optimizer.param_groups]
         try:
             if as_shares:
                 self._restore_shares(folder, progress)
@@ -180,10 +200,30 @@ class TrainState:
             own = folder / _buffers_name(world.rank)
             if own.is_file() and progress["processes"] == world.size:
                 self._restore_buffers(load(own))
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"--resume {folder}: does not fit this model and optimizer: {first_line(error)}") from error
+            self._check_optimizer()
+        except Exception as error:  # whatever the readers of torch do with a file that is not what it says
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"--resume {folder}: does not fit this model and optimizer: {reason}") from error
+        self._apply_options(fresh, changed_options(progress["settings"], self.settings), folder)
         for name in _PROGRESS:
             setattr(self, name, progress[name])
+        return notes
+
+    def _check_optimizer(self) -> None:
+        """Refuse a state that would fail at the first update."""
+        for parameter, state in self.optimizer.state.items():
+            for name in _LIKE_THE_WEIGHT:
+                value = state.get(name)
+                if value is not None and getattr(value, "shape", None) != parameter.shape:
+                    raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} has another shape")
+
+    def _apply_options(self, fresh: list[dict[str, Any]], names: list[str], folder: Path) -> None:
+        """Options of the groups as they are configured now; the learning rate is the schedule's."""
+        for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
+            unknown = [name for name in names if name not in own]
+            if unknown:
+                raise UserError(f"--resume {folder}: --optimizer-kwargs {unknown[0]} cannot be changed in a run")
+            group.update({name: own[name] for name in ("weight_decay", *names) if name in own})
 
     def _restore_wholes(self, folder: Path, progress: dict[str, Any]) -> None:
         has_average = progress["average"]
@@ -231,11 +271,19 @@ def _buffers_name(rank: int) -> str:
     return f"buffers-{rank:05d}.safetensors"
 
 
-def _read_progress(path: Path) -> dict:
+def _read_progress(path: Path) -> dict[str, Any]:
     try:
         progress = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever a damaged pickle makes of itself
         raise UserError(f"--resume: cannot read {path}: {first_line(error)}") from error
     if not isinstance(progress, dict) or progress.get("format") != _FORMAT:
         raise UserError(f"--resume: {path} is not a trainer state of this version")
+    for name, kind in _KINDS.items():
+        value = progress.get(name)
+        is_whole = name in progress and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not is_whole or (kind is int and value < 0):
+            given = f"{name} is {value!r:.60}" if name in progress else f"{name} is missing"
+            raise UserError(f"--resume: {path} is not a whole trainer state: {given}")
+    if not all(isinstance(message, str) for message in progress["broken"]):
+        raise UserError(f"--resume: {path} is not a whole trainer state: broken holds other things than messages")
     return progress

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from ..checkpoints import Layout, rename_keys
+from ..checkpoints import RELEASED, Layout, fetch, rename_keys
 from ..checkpoints.files import unwrap
+from ..checkpoints.fit import belongs_to, describe_misfit
 from ..timm_internals import FeatureGetterNet, feature_take_indices
 from .blocks.sizes import always
 
@@ -296,8 +297,22 @@ def check_per_stage(**options: Sequence[Any]) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Backbone) -> dict[str, Tensor]:
-    """timm's hook for weights of a foreign layout; ours, with or without the classifier, pass as they are."""
-    return model.adapt_state_dict(state_dict)
+    """timm's hook for weights of a foreign layout; ours, with or without the classifier, pass as they are.
+
+    Raises:
+        ValueError: names besides the classifier's are missing or left over. timm looks at none of them where the
+            number of classes differs, and would leave the network as it was drawn.
+    """
+    adapted = model.adapt_state_dict(state_dict)
+    cfg = getattr(model, "pretrained_cfg", {})
+    classifier = cfg.get("classifier", "head.fc")
+    given, expected = (
+        {key: value for key, value in tensors.items() if not belongs_to(key, classifier)}
+        for tensors in (adapted, model.state_dict())
+    )
+    if problems := describe_misfit(dict.fromkeys(given), dict.fromkeys(expected)):
+        raise ValueError(f"not the weights of this {cfg.get('architecture', type(model).__name__)}: {problems}")
+    return adapted
 
 
 def check_legacy_onnx(name: str, ability: str) -> None:
@@ -377,6 +392,8 @@ def build_backbone(
     feature_cls = FeatureNet
     if kwargs.get("features_only"):
         feature_cls = choose_feature_net(kwargs.pop("feature_cls", "getter"))
+    if pretrained:
+        kwargs["pretrained_cfg_overlay"] = _with_local_file(variant, **kwargs)
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -385,3 +402,14 @@ def build_backbone(
         feature_cfg={"out_indices": feature_levels, "feature_cls": feature_cls},
         **kwargs,
     )
+
+
+def _with_local_file(
+    variant: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: Optional[dict[str, Any]] = None, **_: Any
+) -> Optional[dict[str, Any]]:
+    """The overlay of a pretrained_cfg, with the file where it has an address: timm keeps whatever a server sends."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if not isinstance(cfg.url, str) or not cfg.url or cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id:
+        return pretrained_cfg_overlay
+    sha256 = next((weights.sha256 for weights in RELEASED.values() if weights.url == cfg.url), "")
+    return {**(pretrained_cfg_overlay or {}), "file": str(fetch(cfg.url, sha256))}
