@@ -11,12 +11,27 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
-from vicinal.eval import bench_models, bench_ops, bench_train, catalog, measure, plot, report
+from vicinal.eval import (
+    bench_models,
+    bench_ops,
+    bench_train,
+    catalog,
+    classify,
+    doctor,
+    kernel_table,
+    measure,
+    plot,
+    report,
+    tune,
+)
 from vicinal.eval.attend import AttentionRecord
+from vicinal.eval.kernel_table import Resources
 from vicinal.eval.measure import Ceilings
+from vicinal.kernels import launch
 from vicinal.train.config import DataConfig, TrainConfig
 from vicinal.train.data import InputSpec, Preprocess, eval_batches
 from vicinal.train.distributed import World
+from vicinal.train.errors import UserError
 from vicinal.train.evaluate import evaluate
 from vicinal.train.images import UnreadableImage
 from vicinal.train.loader import BrokenImages
@@ -460,3 +475,128 @@ def test_every_panel_shows_its_values(tmp_path, monkeypatch):
     assert [axes.get_title() for axes in figures[0].axes] == [
         *("training loss", "held-out loss", "held-out top-1, %", "learning rate")
     ]
+
+
+# --- Kernels
+
+ROW = tune.Row("window_backward", 4, 64)
+LAUNCH = launch.Parameters(32, 4, 1)
+
+
+def resources(spilled=0, shared=1000, occupancy=0.5):
+    return Resources(64, spilled, shared, 8, occupancy)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([resources(occupancy=0.5), resources(occupancy=0.25)], 1),
+        ([resources(occupancy=0.25), resources(occupancy=0.5)], 0),
+        ([resources(shared=101376), resources()], 0),
+        ([resources(shared=101377), resources()], None),
+        ([resources(), resources(spilled=4)], None),
+        ([resources(), RuntimeError("out of resources")], None),
+    ],
+)
+def test_a_candidate_is_as_good_as_its_most_demanding_case(monkeypatch, found, expected):
+    """On Ada a program may use 101376 bytes of shared memory."""
+    answers, recorded = iter(found), []
+
+    def compile_launch(started, architecture):
+        assert (started, architecture) == ("the backward", "ada")
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def record_case(case, head_dim, dtype, architecture):
+        recorded.append((case, head_dim, dtype, architecture))
+        return {"forward": "the forward", "backward": "the backward"}
+
+    monkeypatch.setattr(tune, "cases_of", lambda kernel: ["one", "two"])
+    monkeypatch.setattr(tune, "record_case", record_case)
+    monkeypatch.setattr(tune, "compile_launch", compile_launch)
+    # The first of equally demanding ones stands for them.
+    assert tune.compile_candidate("ada", ROW, LAUNCH) == (None if expected is None else found[expected])
+    assert recorded[0] == ("one", 64, torch.float32, "ada")
+
+
+def test_the_time_of_a_candidate_is_that_of_all_its_cases(monkeypatch):
+    monkeypatch.setattr(tune, "cases_of", lambda kernel: [1.5, 2.0])
+    asked = []
+
+    def run_case(case, head_dim, dtype, backward):
+        asked.append((head_dim, dtype, backward))
+        return case
+
+    monkeypatch.setattr(tune, "run_case", run_case)
+    assert tune.seconds_of(ROW, LAUNCH) == 3.5
+    assert tune.seconds_of(tune.Row("window_forward", 2, 32), LAUNCH) == 3.5
+    assert asked == [(64, torch.float32, True)] * 2 + [(32, torch.bfloat16, False)] * 2
+
+
+def test_without_times_large_blocks_with_few_warps_win_once_a_quarter_is_resident():
+    def best(*candidates):
+        survivors = {launch.Parameters(*values): resources(occupancy=share) for values, share in candidates}
+        return tuple(tune.choose(ROW, survivors, timed=False))
+
+    assert best(((64, 4, 1), 0.24), ((16, 8, 2), 0.26)) == (16, 8, 2)
+    assert best(((64, 4, 1), 0.25), ((16, 4, 1), 1.0)) == (64, 4, 1)
+    assert best(((64, 8, 1), 0.5), ((64, 4, 2), 0.5)) == (64, 4, 2)
+    assert best(((64, 4, 2), 0.5), ((64, 4, 1), 0.5)) == (64, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "occupancy"),
+    # Registers go in eights: 65536 / (32 x 4 x 104) makes 4 programs of 4 warps; shared memory and warps make 2 and 16.
+    [(100, 1024, 4 * 4 / 64), (32, 115000, 2 * 4 / 64), (16, 0, 1.0)],
+    ids=["registers", "shared memory", "warps"],
+)
+def test_occupancy_goes_by_what_runs_out_first(monkeypatch, registers, shared, occupancy):
+    triton = pytest.importorskip("triton")
+    text = "wgmma.mma_async.sync wgmma.wait_group mma.sync.aligned fma.rn tcgen05.mma"
+    compiled = SimpleNamespace(asm={"cubin": b"", "ptx": text}, metadata=SimpleNamespace(shared=shared))
+    monkeypatch.setattr(triton, "compile", lambda *given, **options: compiled)
+    monkeypatch.setattr("triton.compiler.ASTSource", lambda *given: None)
+    monkeypatch.setattr(kernel_table, "_usage", lambda binary, folder: (registers, 12))
+    started = SimpleNamespace(kernel=SimpleNamespace(params=[]), arguments={}, parameters=launch.Parameters(64, 4, 1))
+    found = kernel_table.compile_launch(started, "hopper")
+    assert found == Resources(registers, 12, shared, 3, occupancy)
+
+
+# --- Checkpoints and devices
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["cat", "dog"], None),
+        (["dog", "cat"], "was trained on classes cat..dog"),
+        (["cat"], "has 2 classes, the data 1"),
+    ],
+)
+def test_classes_must_be_those_of_the_model_in_their_order(classes, message):
+    model = SimpleNamespace(num_classes=2, pretrained_cfg={"label_names": ["cat", "dog"]})
+    images = SimpleNamespace(classes=classes)
+    if message is None:
+        classify.check_classes(model, images, "run")
+        return
+    with pytest.raises(UserError, match=message):
+        classify.check_classes(model, images, "run")
+
+
+def test_a_path_means_itself_then_the_best_then_the_last_model(tmp_path):
+    for place in ("last", "best", "."):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "config.json").touch()
+        assert classify.find_model(str(tmp_path)) == tmp_path / place
+
+
+def test_a_gpu_is_described_by_name_capability_and_memory(monkeypatch):
+    properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert doctor.describe(torch.device("cuda", 0)) == "H100, compute capability 9.0, 80 GiB"
+    assert doctor.describe(CPU) == f"{torch.get_num_threads()} threads"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [str(device) for device in doctor.devices()] == ["cpu", "cuda:0", "cuda:1", "mps"]
