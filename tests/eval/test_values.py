@@ -328,6 +328,23 @@ def test_the_catalog_is_sorted_by_family_and_size(monkeypatch):
     assert rows[0].markdown() == "| `davit_pico_vicinal` | 64x32 | 0.00 | 0.00 |  |"
 
 
+def test_the_best_accuracy_at_the_models_own_size_is_listed(monkeypatch):
+    def weights(top1, **cfg):
+        return SimpleNamespace(top1=top1, cfg=cfg)
+
+    own = (3, *catalog.describe("nat_pico").input_size)
+    released = {
+        **{"nat_pico.a": weights(80.0), "nat_pico.b": weights(82.0, input_size=own), "nat_pico.c": weights(81.0)},
+        **{
+            "nat_pico.d": weights(90.0, input_size=(3, 96, 96)),
+            "nat_pico.e": weights(None),
+            "nat_tiny.a": weights(95.0),
+        },
+    }
+    monkeypatch.setattr("vicinal.checkpoints.RELEASED", released)
+    assert catalog.describe("nat_pico").top1 == 82.0
+
+
 # --- The report
 
 
