@@ -73,6 +73,7 @@ def test_attention_received_is_the_column_sum_over_that_of_uniform_weights():
 def test_padded_queries_do_not_count():
     weights = torch.tensor([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0], [0.75, 0.25]]).reshape(1, 1, 4, 1, 2)
     _, records = run(nn.Sequential(Toy(weights)), torch.zeros(1, 1, 3, 1))
+    torch.testing.assert_close(records[0].weights, weights[:, :, :3], rtol=0, atol=0)
     expected = torch.tensor([0.75 / 1, 2.25 / 1.5, 0.0 / 0.5])
     torch.testing.assert_close(records[0].received.flatten(), expected, rtol=0, atol=1e-7)
 

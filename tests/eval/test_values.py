@@ -11,12 +11,27 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
-from vicinal.eval import bench_models, bench_ops, bench_train, catalog, measure, plot, report
+from vicinal.eval import (
+    bench_models,
+    bench_ops,
+    bench_train,
+    catalog,
+    classify,
+    doctor,
+    kernel_table,
+    measure,
+    plot,
+    report,
+    tune,
+)
 from vicinal.eval.attend import AttentionRecord
+from vicinal.eval.kernel_table import Resources
 from vicinal.eval.measure import Ceilings
+from vicinal.kernels import launch
 from vicinal.train.config import DataConfig, TrainConfig
 from vicinal.train.data import InputSpec, Preprocess, eval_batches
 from vicinal.train.distributed import World
+from vicinal.train.errors import UserError
 from vicinal.train.evaluate import evaluate
 from vicinal.train.images import UnreadableImage
 from vicinal.train.loader import BrokenImages
@@ -282,6 +297,13 @@ def test_throughput_ratios_of_training_are_of_medians():
     assert (bare.cpu_ms_per_image, bare.throughput_ratio, bare.by_quarters) == (2500 / 64, 1.25, "0.500 to 2.000")
 
 
+def test_every_turn_of_the_loop_is_a_whole_epoch():
+    state, seen = SimpleNamespace(position=1400), []
+    trainer = SimpleNamespace(state=state, train_epoch=lambda: seen.append(state.position))
+    bench_train._train_epoch(trainer)
+    assert seen == [0]
+
+
 def test_a_written_table_holds_all_digits_and_how_it_came_about(tmp_path, monkeypatch, capsys):
     rows = bench_train._rows("loop", "x", 3, {"ours": [1.0] * 4})
     monkeypatch.setattr(measure.sys, "argv", ["vicinal", "bench", "train"])
@@ -296,7 +318,7 @@ def test_a_written_table_holds_all_digits_and_how_it_came_about(tmp_path, monkey
 
 
 def test_the_catalog_is_sorted_by_family_and_size(monkeypatch):
-    sizes = {"nat_pico": (2, 9), "nat_mini": (1, 5), "nat_tiny": (1, 4), "davit_pico_vicinal": (7, 1)}
+    sizes = {"nat_pico": (2, 1), "nat_mini": (1, 5), "nat_tiny": (1, 4), "davit_pico_vicinal": (7, 1)}
     monkeypatch.setattr("timm.models.list_models", lambda: [*sizes, "test_vit", "attentive_probe"])
     monkeypatch.setattr(catalog, "describe", lambda name: catalog.CatalogRow(name, (64, 32), *sizes[name], None))
     rows = list(catalog.list_rows())
@@ -304,6 +326,23 @@ def test_the_catalog_is_sorted_by_family_and_size(monkeypatch):
     row = catalog.CatalogRow("net", (64, 32), 1_236_000, 2_345_600_000, 81.84)
     assert row.markdown() == "| `net` | 64x32 | 1.24 | 2.35 | 81.8 |"
     assert rows[0].markdown() == "| `davit_pico_vicinal` | 64x32 | 0.00 | 0.00 |  |"
+
+
+def test_the_best_accuracy_at_the_models_own_size_is_listed(monkeypatch):
+    def weights(top1, **cfg):
+        return SimpleNamespace(top1=top1, cfg=cfg)
+
+    own = (3, *catalog.describe("nat_pico").input_size)
+    released = {
+        **{"nat_pico.a": weights(80.0), "nat_pico.b": weights(82.0, input_size=own), "nat_pico.c": weights(81.0)},
+        **{
+            "nat_pico.d": weights(90.0, input_size=(3, 96, 96)),
+            "nat_pico.e": weights(None),
+            "nat_tiny.a": weights(95.0),
+        },
+    }
+    monkeypatch.setattr("vicinal.checkpoints.RELEASED", released)
+    assert catalog.describe("nat_pico").top1 == 82.0
 
 
 # --- The report
@@ -451,6 +490,7 @@ def test_every_panel_shows_its_values(tmp_path, monkeypatch):
     runs = {"a": [*steps(202, 101), *epochs]}
     plot.draw_curves(runs, tmp_path / "plot.png")
     train_loss, val_loss, top1, lr = figures[0].axes
+    assert [len(axes.lines) for axes in figures[0].axes] == [2, 1, 1, 1]
     noisy, smoothed = train_loss.lines
     assert list(noisy.get_ydata()) == [float(step) for step in range(1, 203)]
     assert list(smoothed.get_ydata()) == plot.smooth(list(noisy.get_ydata()), 0.98)
@@ -460,3 +500,128 @@ def test_every_panel_shows_its_values(tmp_path, monkeypatch):
     assert [axes.get_title() for axes in figures[0].axes] == [
         *("training loss", "held-out loss", "held-out top-1, %", "learning rate")
     ]
+
+
+# --- Kernels
+
+ROW = tune.Row("window_backward", 4, 64)
+LAUNCH = launch.Parameters(32, 4, 1)
+
+
+def resources(spilled=0, shared=1000, occupancy=0.5):
+    return Resources(64, spilled, shared, 8, occupancy)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([resources(occupancy=0.5), resources(occupancy=0.25)], 1),
+        ([resources(occupancy=0.25), resources(occupancy=0.5)], 0),
+        ([resources(shared=101376), resources()], 0),
+        ([resources(shared=101377), resources()], None),
+        ([resources(), resources(spilled=4)], None),
+        ([resources(), RuntimeError("out of resources")], None),
+    ],
+)
+def test_a_candidate_is_as_good_as_its_most_demanding_case(monkeypatch, found, expected):
+    """On Ada a program may use 101376 bytes of shared memory."""
+    answers, recorded = iter(found), []
+
+    def compile_launch(started, architecture):
+        assert (started, architecture) == ("the backward", "ada")
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def record_case(case, head_dim, dtype, architecture):
+        recorded.append((case, head_dim, dtype, architecture))
+        return {"forward": "the forward", "backward": "the backward"}
+
+    monkeypatch.setattr(tune, "cases_of", lambda kernel: ["one", "two"])
+    monkeypatch.setattr(tune, "record_case", record_case)
+    monkeypatch.setattr(tune, "compile_launch", compile_launch)
+    # The first of equally demanding ones stands for them.
+    assert tune.compile_candidate("ada", ROW, LAUNCH) == (None if expected is None else found[expected])
+    assert recorded[0] == ("one", 64, torch.float32, "ada")
+
+
+def test_the_time_of_a_candidate_is_that_of_all_its_cases(monkeypatch):
+    monkeypatch.setattr(tune, "cases_of", lambda kernel: [1.5, 2.0])
+    asked = []
+
+    def run_case(case, head_dim, dtype, backward):
+        asked.append((head_dim, dtype, backward))
+        return case
+
+    monkeypatch.setattr(tune, "run_case", run_case)
+    assert tune.seconds_of(ROW, LAUNCH) == 3.5
+    assert tune.seconds_of(tune.Row("window_forward", 2, 32), LAUNCH) == 3.5
+    assert asked == [(64, torch.float32, True)] * 2 + [(32, torch.bfloat16, False)] * 2
+
+
+def test_without_times_large_blocks_with_few_warps_win_once_a_quarter_is_resident():
+    def best(*candidates):
+        survivors = {launch.Parameters(*values): resources(occupancy=share) for values, share in candidates}
+        return tuple(tune.choose(ROW, survivors, timed=False))
+
+    assert best(((64, 4, 1), 0.24), ((16, 8, 2), 0.26)) == (16, 8, 2)
+    assert best(((64, 4, 1), 0.25), ((16, 4, 1), 1.0)) == (64, 4, 1)
+    assert best(((64, 8, 1), 0.5), ((64, 4, 2), 0.5)) == (64, 4, 2)
+    assert best(((64, 4, 2), 0.5), ((64, 4, 1), 0.5)) == (64, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "occupancy"),
+    # Registers go in eights: 65536 / (32 x 4 x 104) makes 4 programs of 4 warps; shared memory and warps make 2 and 16.
+    [(100, 1024, 4 * 4 / 64), (32, 115000, 2 * 4 / 64), (16, 0, 1.0)],
+    ids=["registers", "shared memory", "warps"],
+)
+def test_occupancy_goes_by_what_runs_out_first(monkeypatch, registers, shared, occupancy):
+    triton = pytest.importorskip("triton")
+    text = "wgmma.mma_async.sync wgmma.wait_group mma.sync.aligned fma.rn tcgen05.mma"
+    compiled = SimpleNamespace(asm={"cubin": b"", "ptx": text}, metadata=SimpleNamespace(shared=shared))
+    monkeypatch.setattr(triton, "compile", lambda *given, **options: compiled)
+    monkeypatch.setattr("triton.compiler.ASTSource", lambda *given: None)
+    monkeypatch.setattr(kernel_table, "_usage", lambda binary, folder: (registers, 12))
+    started = SimpleNamespace(kernel=SimpleNamespace(params=[]), arguments={}, parameters=launch.Parameters(64, 4, 1))
+    found = kernel_table.compile_launch(started, "hopper")
+    assert found == Resources(registers, 12, shared, 3, occupancy)
+
+
+# --- Checkpoints and devices
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["cat", "dog"], None),
+        (["dog", "cat"], "was trained on classes cat..dog"),
+        (["cat"], "has 2 classes, the data 1"),
+    ],
+)
+def test_classes_must_be_those_of_the_model_in_their_order(classes, message):
+    model = SimpleNamespace(num_classes=2, pretrained_cfg={"label_names": ["cat", "dog"]})
+    images = SimpleNamespace(classes=classes)
+    if message is None:
+        classify.check_classes(model, images, "run")
+        return
+    with pytest.raises(UserError, match=message):
+        classify.check_classes(model, images, "run")
+
+
+def test_a_path_means_itself_then_the_best_then_the_last_model(tmp_path):
+    for place in ("last", "best", "."):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "config.json").touch()
+        assert classify.find_model(str(tmp_path)) == tmp_path / place
+
+
+def test_a_gpu_is_described_by_name_capability_and_memory(monkeypatch):
+    properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert doctor.describe(torch.device("cuda", 0)) == "H100, compute capability 9.0, 80 GiB"
+    assert doctor.describe(CPU) == f"{torch.get_num_threads()} threads"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [str(device) for device in doctor.devices()] == ["cpu", "cuda:0", "cuda:1", "mps"]

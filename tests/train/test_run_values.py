@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import vicinal.zoo  # noqa: F401  registers the models
+from vicinal.checkpoints import save_model
 from vicinal.train import components, distributed, profiling, rehearse, screen, signals
 from vicinal.train.build import (
     autocast,
@@ -307,7 +308,7 @@ def test_a_linear_probe_trains_the_classifier_and_nothing_else():
     assert [module.training for module in model] == [True, True, True]
 
 
-def test_an_attentive_probe_keeps_the_input_and_options_of_its_network():
+def test_an_attentive_probe_keeps_the_input_and_options_of_its_network(tmp_path):
     wanted = ModelConfig(name="nat_pico", probe="attentive", probe_queries=4, model_kwargs={"kernel_size": 5})
     model = build_model(wanted, 32, 6)
     plain = timm.create_model("nat_pico")
@@ -316,6 +317,9 @@ def test_an_attentive_probe_keeps_the_input_and_options_of_its_network():
     assert model.pretrained_cfg["input_size"] == plain.pretrained_cfg["input_size"]
     assert model.backbone.stages[0].blocks[0].attn.kernel_size == [5, 5]
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
+    rebuilt = timm.create_model(f"local-dir:{save_model(tmp_path / 'probe', model)}", pretrained=True)
+    assert rebuilt.backbone.stages[0].blocks[0].attn.kernel_size == [5, 5]
+    assert len(rebuilt.head.pool.queries) == 4
 
 
 # --- What a run shows
@@ -434,6 +438,11 @@ def test_the_shown_schedule_runs_from_the_first_update_to_the_last():
     )
     found = rehearse.learning_rates(config, parts, 4)
     assert found == pytest.approx([0.8, 0.54, 0.28, 0.02], rel=1e-12)
+
+
+def test_bars_of_anything_above_zero_are_seen():
+    assert list(rehearse.draw_bars([0.0, 0.01, 0.5, 1.0], 2)) == ["   █", " ▁██"]
+    assert list(rehearse.draw_bars([0.0, 0.0], 1)) == [""]
 
 
 @pytest.mark.parametrize(("right", "passes"), [(8, False), (9, True)])

@@ -335,7 +335,9 @@ def test_part_of_an_epoch_is_warmed_up():
 def test_rates_and_losses_of_accumulated_batches(train, jpeg_tree, records):
     """24 images in batches of 8, two to an update: updates of two and of one, whose losses count by their batches."""
     arguments = ("--data", jpeg_tree, "--workers", 0, "--batch-size", 8, "--accumulation", 2, "--epochs", 3)
-    _, folder = train(*arguments, "--schedule", "linear", "--lr", 6e-3, "--min-lr", 0, "--warmup-lr", 0)
+    # Where layers differ, the largest rate is told.
+    rates = ("--schedule", "linear", "--lr", 6e-3, "--min-lr", 0, "--warmup-lr", 0, "--layer-decay", 0.5)
+    _, folder = train(*arguments, *rates)
     steps = [record for record in records(folder) if record["event"] == "step"]
     epochs = [record for record in records(folder) if record["event"] == "epoch"]
     # Six updates in all: the rate falls by a sixth with each.
