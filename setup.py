@@ -37,6 +37,7 @@ setup(
         "torch>=2.8",
         "torchvision>=0.23",
         "timm>=1.0.31,<2",
+        "pillow>=10.1",
         "safetensors>=0.4",
         "tyro>=0.9",
         "rich>=13",
