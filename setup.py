@@ -53,6 +53,7 @@ setup(
         "torch>=2.8",
         "torchvision>=0.23",
         "timm>=1.0.31,<1.1",
+        "pillow>=10.1",
         "safetensors>=0.4",
         "tyro>=0.9",
         "rich>=13",
