@@ -240,7 +240,7 @@ class GlobalAttention(LocalAttention):
         scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
         if self.relative_position_bias is not None:
             scores = scores + expand_table(self.relative_position_bias, size)
-        return scores.softmax(dim=-1).transpose(1, 2).unflatten(1, size)
+        return self.normalize(scores.transpose(1, 2).unflatten(1, size))
 
     @torch.jit.unused
     def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
