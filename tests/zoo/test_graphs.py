@@ -54,6 +54,14 @@ def create(name: str) -> nn.Module:
     return model
 
 
+def create_unfused(name: str) -> nn.Module:
+    set_fused_attn(False)
+    try:
+        return create(name)
+    finally:
+        set_fused_attn(True)
+
+
 def images(name: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     scale = SCALES.get(name, 1)
@@ -148,12 +156,9 @@ UNFUSED = {"davit_pico_vicinal", "dinat_pico", "litv2_pico", "maxvit_pico"}
     "name", [pytest.param(name, marks=() if name in UNFUSED else pytest.mark.slow) for name in MODELS]
 )
 def test_export_with_unfused_attention(name: str):
-    set_fused_attn(False)
-    try:
-        unfused = create(name)
-    finally:
-        set_fused_attn(True)
-    program = torch.export.export(unfused, (images(name)[0],), dynamic_shapes=dynamic_shapes(name), strict=False)
+    program = torch.export.export(
+        create_unfused(name), (images(name)[0],), dynamic_shapes=dynamic_shapes(name), strict=False
+    )
     other = images(name)[2]
     with torch.no_grad():
         assert_same_numbers(program.module()(other), create(name)(other))
@@ -161,13 +166,8 @@ def test_export_with_unfused_attention(name: str):
 
 @names
 def test_unfused_attention_is_scripted(name: str):
-    set_fused_attn(False)
-    try:
-        unfused = create(name)
-    finally:
-        set_fused_attn(True)
     with torch.no_grad():
-        assert_same_numbers(torch.jit.script(unfused)(images(name)[0]), create(name)(images(name)[0]))
+        assert_same_numbers(torch.jit.script(create_unfused(name))(images(name)[0]), create(name)(images(name)[0]))
 
 
 @names_by_tracing_time
