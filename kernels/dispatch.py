@@ -31,7 +31,7 @@ from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import canonicalize
-from .transforms import register_autograd, register_vmap
+from .transforms import is_transformed, register_autograd, register_vmap
 
 BACKENDS = ("auto", "reference", "tiled", "fused")
 ENVIRONMENT_VARIABLE = "VICINAL_KERNELS"
@@ -119,6 +119,14 @@ def selected_backend() -> str:
     if _forced is not None:
         return _forced
     return _check_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+def needs_formula(*tensors: Tensor | None) -> bool:
+    """Whether a function in C++ with a first derivative alone must give way to plain differentiable PyTorch.
+
+    It must under "reference", inside a transform of ``torch.func`` and where forward-mode AD follows a tensor.
+    """
+    return selected_backend() == "reference" or is_transformed(*tensors)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

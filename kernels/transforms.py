@@ -14,25 +14,35 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.autograd.function import Function, _SingleLevelFunction
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from .dispatch import Operator
 
 STATISTICS = 4
 """Arguments of a backward operator before those of its forward: grad_output, output, logsumexp, needs_gradient."""
+DUAL_LEVEL = 0
+"""The one level that torch has of forward-mode AD; the nested ones of torch.func lie in its wrappers."""
 
 
 def has_tangents(values: Sequence[Any]) -> bool:
     """Whether forward-mode AD follows one of the tensors, at the innermost level of ``torch.func``."""
-    return any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in values)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    # Code that is compiled enters forward mode without the count that torch keeps in Python.
+    traced = any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    possible = traced or transformed or torch.autograd.forward_ad._current_level >= DUAL_LEVEL
+    return possible and any(unpack_dual(tensor, level=DUAL_LEVEL).tangent is not None for tensor in tensors)
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of ``torch.func`` is at work, or forward-mode AD follows one of the tensors.
 
-    A function in C++ that knows one derivative and no batching gives way to its formula then.
+    A function in C++ that has a first derivative alone gives way to its formula then.
     """
-    return torch._C._are_functorch_transforms_active() or has_tangents(tensors)
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and has_tangents(tensors)
 
 
 def register_autograd(operator: "Operator", library: torch.library.Library) -> None:
@@ -92,7 +102,9 @@ def _autograd_kernel(
 
 def _forward_by_reference(operator: "Operator", *arguments: Any) -> tuple[Tensor, Tensor]:
     arguments = operator.complete(arguments)
-    primals = (unpack_dual(value).primal if isinstance(value, Tensor) else value for value in arguments)
+    primals = [
+        unpack_dual(value, level=DUAL_LEVEL).primal if isinstance(value, Tensor) else value for value in arguments
+    ]
     with torch.no_grad():
         _, logsumexp = operator.forward_op(*primals)
     return operator.run_reference(arguments).contiguous(), logsumexp
@@ -118,10 +130,10 @@ def _variable(tensor: Tensor) -> Tensor:
     """The tensor as a variable of its own, whatever other argument it is too, with its tangent."""
     if tensor.requires_grad:
         return tensor.view_as(tensor)
-    primal, tangent = unpack_dual(tensor)
+    primal, tangent = unpack_dual(tensor, level=DUAL_LEVEL)
     with enable_inplace_requires_grad(True):  # torch.func forbids it to those who differentiate, not to an operator
         variable = primal.detach().requires_grad_()
-    return variable if tangent is None else make_dual(variable, tangent)
+    return variable if tangent is None else make_dual(variable, tangent, level=DUAL_LEVEL)
 
 
 def register_vmap(operator: "Operator", library: torch.library.Library) -> None:

@@ -111,7 +111,8 @@ class Backbone(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         """The stem's map, of an image whose channels lie together, as depthwise convolutions and norms want them."""
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
+        # torch.func.vmap takes no memory format
+        return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map to logits (B, num_classes), or to the pooled features with ``pre_logits``."""

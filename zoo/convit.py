@@ -11,7 +11,6 @@ from typing import Any, Final, List, Optional, Union
 
 import torch
 from timm.layers import (
-    Attention,
     LayerNorm,
     calculate_drop_path_rates,
     global_pool_nlc,
@@ -27,8 +26,13 @@ from ..checkpoints.convert import unflatten_tokens
 from ..checkpoints.keys.convit import LAYOUTS
 from ..checkpoints.released.convit import RELEASED
 from ..kernels import gated_positional_attention
-from ..kernels.gated import aggregate, gated_positional_attention_weights
+from ..kernels.gated import (
+    aggregate,
+    gated_positional_attention_scores,
+    gated_positional_attention_weights,
+)
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
+from .blocks.attention import PlainAttention, becomes_program
 from .blocks.padding import pad_to_multiple
 from .blocks.sizes import always
 from .blocks.transformer import TransformerBlock
@@ -37,6 +41,9 @@ from .names import Variant, default_cfgs_of, register_variants
 __all__ = ["ConViT", "checkpoint_filter_fn"]
 
 PATCH = 16
+
+register_notrace_function(gated_positional_attention_scores)
+register_notrace_function(aggregate)
 
 
 class PositionProjection(nn.Linear):
@@ -112,7 +119,7 @@ class GatedPositionalAttention(nn.Module):
         value = self.v(x).unflatten(-1, [self.num_heads, -1])
         scores = self.position_scores(x)
         dropping = self.training and self.attn_drop.p > 0.0
-        if (self.fused_attn or torch.jit.is_scripting()) and not dropping:
+        if (self.fused_attn or becomes_program()) and not dropping:
             x = self.attend(query, key, value, scores)
         else:
             x = self.attend_by_weights(query, key, value, scores)
@@ -137,7 +144,7 @@ class GatedPositionalAttention(nn.Module):
     @torch.jit.unused
     def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
         """The same, with the weights passing through ``attn_drop``, where hooks can read them."""
-        weights = gated_positional_attention_weights(query, key, scores, self.gating_param)
+        weights = gated_positional_attention_scores(query, key, scores, self.gating_param).softmax(dim=-1)
         return aggregate(self.attn_drop(weights), value)
 
     @torch.jit.ignore
@@ -325,7 +332,7 @@ class ConViT(Backbone):
             Stage(
                 [
                     block(
-                        (local if index < local_depth else Attention)(embed_dim, num_heads, **dropout, **dd),
+                        (local if index < local_depth else PlainAttention)(embed_dim, num_heads, **dropout, **dd),
                         drop_path=rate,
                     )
                 ],

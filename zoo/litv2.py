@@ -21,16 +21,25 @@ from torch import Tensor, nn
 
 from ..checkpoints.keys.litv2 import LAYOUTS
 from ..checkpoints.released.litv2 import RELEASED
+from ..kernels.dispatch import needs_formula
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import GELU
 from .blocks.attention import WindowAttention, attend_with_bias
 from .blocks.deformable import deform_conv2d
+from .blocks.deformable_formula import deformable_convolution
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import DepthwiseMlp
 from .blocks.padding import crop, pad_to_multiple
 from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["LITv2", "checkpoint_filter_fn"]
+
+
+class Softmax(nn.Module):
+    """Softmax over the last axis, for a module to have as ``attn``, where timm's ``AttentionExtract`` looks for it."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores.softmax(dim=-1)
 
 
 class HighFrequencyAttention(WindowAttention):
@@ -54,6 +63,11 @@ class HighFrequencyAttention(WindowAttention):
         width = num_heads * head_dim
         super().__init__(width, num_heads, window_size, relative_position_bias=False, **dd, **kwargs)
         self.qkv = nn.Linear(dim, 3 * width, **dd)
+        self.attn = Softmax()
+
+    @torch.jit.unused
+    def normalize(self, scores: Tensor) -> Tensor:
+        return self.attn(scores)
 
 
 class LowFrequencyAttention(nn.Module):
@@ -93,6 +107,7 @@ class LowFrequencyAttention(nn.Module):
         self.pool = nn.AvgPool2d(window_size) if window_size > 1 else nn.Identity()
         self.q = nn.Linear(dim, width, **dd)
         self.kv = nn.Linear(dim, 2 * width, **dd)
+        self.attn = Softmax()
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(width, width, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -110,7 +125,7 @@ class LowFrequencyAttention(nn.Module):
         """Attention of (B, heads, positions, head_dim) to (B, heads, windows, head_dim)."""
         if self.fused_attn and not (self.training and self.attn_drop.p > 0.0):
             return attend_with_bias(query, key, value, None, self.scale)
-        weights = (query * self.scale @ key.transpose(-2, -1)).softmax(dim=-1)
+        weights = self.attn(query * self.scale @ key.transpose(-2, -1))
         return self.attn_drop(weights) @ value
 
 
@@ -248,6 +263,9 @@ def sample_and_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Optional[T
     if dtype != torch.float64:
         x, offset, weight = x.float(), offset.float(), weight.float()
         bias = None if bias is None else bias.float()
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would read the inner condition)
+        if needs_formula(x, offset, weight, bias):
+            return deformable_convolution(x, offset, weight, bias, (2, 2)).to(dtype)
     return deform_conv2d(x, offset, weight, bias, stride=(2, 2)).to(dtype)
 
 

@@ -80,6 +80,22 @@ class Residual(nn.Module):
         return fused
 
 
+class PlainAttention(nn.Module):
+    """Attention of (B, tokens, channels), with its weights where timm's ``AttentionExtract`` looks for them.
+
+    Attributes:
+        attn_drop: what the weights (B, tokens, tokens) pass through, for hooks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_drop = nn.Identity()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = (query @ key.transpose(1, 2)).softmax(dim=2)
+        return self.attn_drop(weights) @ value
+
+
 class SingleHeadAttention(nn.Module):
     """Attention of one head over the first channels of a map; the others join at the output projection.
 
@@ -101,6 +117,7 @@ class SingleHeadAttention(nn.Module):
         self.qkv_splits = [key_dim, key_dim, partial_dim]
         self.scale = key_dim**-0.5
         self.pre_norm = GroupNorm1(partial_dim, **dd)
+        self.attn = PlainAttention()
         self.qkv = ConvNorm(partial_dim, 2 * key_dim + partial_dim, **dd)
         self.proj = nn.Sequential(nn.ReLU(inplace=True), ConvNorm(dim, dim, **dd))
 
@@ -109,8 +126,7 @@ class SingleHeadAttention(nn.Module):
         size = [x.shape[2], x.shape[3]]
         tokens = self.qkv(self.pre_norm(attending)).flatten(2).transpose(1, 2)
         query, key, value = tokens.split(self.qkv_splits, dim=2)
-        weights = (query * self.scale @ key.transpose(1, 2)).softmax(dim=2)
-        attended = (weights @ value).transpose(1, 2).unflatten(2, size)
+        attended = self.attn(query * self.scale, key, value).transpose(1, 2).unflatten(2, size)
         return self.proj(torch.cat([attended, rest], dim=1))
 
 

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from ..checkpoints.keys.transnext import LAYOUTS
 from ..checkpoints.released.transnext import RELEASED
 from ..kernels import aggregated_attention
-from ..kernels.aggregated import aggregate, aggregated_attention_weights
+from ..kernels.aggregated import aggregate, aggregated_attention_scores
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
 from .blocks.activation import gelu
-from .blocks.attention import attend_with_bias
+from .blocks.attention import attend_with_bias, becomes_program
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import ConvGluMlp
 from .blocks.pooling import pool_average, pooled_size
@@ -40,6 +40,9 @@ __all__ = ["TransNeXt", "checkpoint_filter_fn"]
 
 POSITION_BIASES = ("recomputed", "interpolated")
 WINDOW = 3
+
+register_notrace_function(aggregated_attention_scores)
+register_notrace_function(aggregate)
 
 
 class LengthScaledAttention(nn.Module):
@@ -92,7 +95,7 @@ class LengthScaledAttention(nn.Module):
     def is_fused(self) -> bool:
         """Whether the weights are never formed, as they are for dropout and for hooks."""
         dropping = self.training and self.attn_drop.p > 0.0
-        return (self.fused_attn or torch.jit.is_scripting()) and not dropping
+        return (self.fused_attn or becomes_program()) and not dropping
 
     def scale_query(self, query: Tensor, of_query: Tensor, length: Tensor) -> Tensor:
         """The query (B, H, W, heads, head_dim) normalised, with embedding and scale, in fewer passes than one by one.
@@ -239,8 +242,8 @@ class AggregatedAttention(LengthScaledAttention):
     ) -> Tensor:
         """The same, with the weights passing through ``attn_drop``, where hooks can read them."""
         bias = self.relative_position_bias
-        weights = aggregated_attention_weights(query, key, pooled_key, self.window_size, bias, pooled_bias)
-        return aggregate(self.attn_drop(weights), value, pooled_value, self.window_size, value_weights)
+        scores = aggregated_attention_scores(query, key, pooled_key, self.window_size, bias, pooled_bias)
+        return aggregate(self.attn_drop(scores.softmax(dim=-1)), value, pooled_value, self.window_size, value_weights)
 
 
 def inverse_norm(x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
-from .reference import aggregate, aggregated_attention_weights
+from .reference import aggregate, aggregated_attention_scores, aggregated_attention_weights
 
-__all__ = ["aggregate", "aggregated_attention", "aggregated_attention_weights"]
+__all__ = ["aggregate", "aggregated_attention", "aggregated_attention_scores", "aggregated_attention_weights"]
 
 _OPERATOR = Operator(
     "aggregated_attention",

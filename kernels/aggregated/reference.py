@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..dispatch import statistics_dtype
 
 
-def aggregated_attention_weights(
+def aggregated_attention_scores(
     query: Tensor,
     key: Tensor,
     pooled_key: Tensor,
@@ -18,9 +18,9 @@ def aggregated_attention_weights(
     pooled_bias: Optional[Tensor] = None,
     scale: Optional[float] = 1.0,
 ) -> Tensor:
-    """Softmax weights, (batch, height, width, heads, window_size**2 + pooled), in float32 (float64 stays).
+    """Scores, (batch, height, width, heads, window_size**2 + pooled), in float32 (float64 stays).
 
-    Neighbours come first, row by row, those outside the map with weight 0; then the pooled tokens. Arguments as in
+    Neighbours come first, row by row, those outside the map with -inf; then the pooled tokens. Arguments as in
     :func:`~vicinal.kernels.aggregated_attention`.
     """
     dtype = statistics_dtype(query.dtype)
@@ -33,7 +33,20 @@ def aggregated_attention_weights(
     pooled = torch.einsum("byxhd,bphd->byxhp", queries, pooled_key.to(dtype).flatten(1, -3))
     if pooled_bias is not None:
         pooled = pooled + _bias_by_token(pooled_bias.to(dtype), pooled)
-    return torch.cat([local, pooled], -1).softmax(-1)
+    return torch.cat([local, pooled], -1)
+
+
+def aggregated_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    pooled_key: Tensor,
+    window_size: int = 3,
+    local_bias: Optional[Tensor] = None,
+    pooled_bias: Optional[Tensor] = None,
+    scale: Optional[float] = 1.0,
+) -> Tensor:
+    """Softmax over neighbours and pooled tokens of :func:`aggregated_attention_scores`, of the same arguments."""
+    return aggregated_attention_scores(query, key, pooled_key, window_size, local_bias, pooled_bias, scale).softmax(-1)
 
 
 def aggregate(

@@ -8,9 +8,14 @@ from torch import Tensor
 from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
-from .reference import aggregate, gated_positional_attention_weights
+from .reference import aggregate, gated_positional_attention_scores, gated_positional_attention_weights
 
-__all__ = ["aggregate", "gated_positional_attention", "gated_positional_attention_weights"]
+__all__ = [
+    "aggregate",
+    "gated_positional_attention",
+    "gated_positional_attention_scores",
+    "gated_positional_attention_weights",
+]
 
 _OPERATOR = Operator(
     "gated_positional_attention",

@@ -7,9 +7,9 @@ from torch import Tensor
 from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
-from .reference import aggregate, halo_attention_weights
+from .reference import aggregate, halo_attention_scores, halo_attention_weights
 
-__all__ = ["aggregate", "halo_attention", "halo_attention_weights"]
+__all__ = ["aggregate", "halo_attention", "halo_attention_scores", "halo_attention_weights"]
 
 _OPERATOR = Operator(
     "halo_attention",

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..dispatch import statistics_dtype
 
 
-def halo_attention_weights(
+def halo_attention_scores(
     query: Tensor,
     key: Tensor,
     block_size: int,
@@ -19,9 +19,9 @@ def halo_attention_weights(
     mask_padding: bool = False,
     scale: Optional[float] = None,
 ) -> Tensor:
-    """Softmax weights of halo attention, (batch, height', width', heads, keys), in float32 (float64 stays).
+    """Scores of halo attention, (batch, height', width', heads, keys), in float32 (float64 stays).
 
-    The last axis holds the window of the query's block, row by row. Arguments as in
+    The last axis holds the window of the query's block, row by row, with -inf for what is masked. Arguments as in
     :func:`~vicinal.kernels.halo_attention`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -39,7 +39,22 @@ def halo_attention_weights(
     if mask_padding:
         inside = _to_windows(torch.ones_like(key[:1, :, :, :1, :1]), block_size, halo_size).transpose(-1, -2)
         scores = scores.masked_fill(inside == 0, float("-inf"))
-    return _to_map(scores.softmax(-1), query)
+    return _to_map(scores, query)
+
+
+def halo_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    halo_size: int,
+    relative_height_logits: Optional[Tensor] = None,
+    relative_width_logits: Optional[Tensor] = None,
+    mask_padding: bool = False,
+    scale: Optional[float] = None,
+) -> Tensor:
+    """Softmax over the keys of :func:`halo_attention_scores`, of the same arguments."""
+    logits = (relative_height_logits, relative_width_logits)
+    return halo_attention_scores(query, key, block_size, halo_size, *logits, mask_padding, scale).softmax(-1)
 
 
 def aggregate(weights: Tensor, value: Tensor, block_size: int, halo_size: int) -> Tensor:

@@ -10,9 +10,15 @@ from .. import checks
 from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
-from .reference import aggregate, neighborhood_attention_weights
+from .reference import aggregate, neighborhood_attention_scores, neighborhood_attention_weights
 
-__all__ = ["aggregate", "neighborhood_attention", "neighborhood_attention_packed", "neighborhood_attention_weights"]
+__all__ = [
+    "aggregate",
+    "neighborhood_attention",
+    "neighborhood_attention_packed",
+    "neighborhood_attention_scores",
+    "neighborhood_attention_weights",
+]
 
 _OPERATOR = Operator(
     "neighborhood_attention",

@@ -10,7 +10,7 @@ from ..checks import neighborhood_options
 from ..dispatch import statistics_dtype
 
 
-def neighborhood_attention_weights(
+def neighborhood_attention_scores(
     query: Tensor,
     key: Tensor,
     kernel_size: Sequence[int],
@@ -20,9 +20,9 @@ def neighborhood_attention_weights(
     relative_position_bias: Optional[Tensor] = None,
     scale: Optional[float] = None,
 ) -> Tensor:
-    """Softmax weights of neighborhood attention, (batch, *spatial, heads, keys), in float32 (float64 stays).
+    """Scores of neighborhood attention, (batch, *spatial, heads, keys), in float32 (float64 stays).
 
-    The last axis holds the keys of the query's window, row by row; keys that a causal window lacks have weight 0.
+    The last axis holds the keys of the query's window, row by row; keys that a causal window lacks have -inf.
     Arguments as in :func:`~vicinal.kernels.neighborhood_attention`, options as one element or one per axis.
     """
     dtype = statistics_dtype(query.dtype)
@@ -35,7 +35,22 @@ def neighborhood_attention_weights(
         bias = relative_position_bias.to(dtype).flatten(1)[:, offset]  # (heads, tokens, keys)
         scores = scores + bias.transpose(0, 1)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    return scores.softmax(-1).reshape(*query.shape[:-1], index.shape[-1])
+    return scores.reshape(*query.shape[:-1], index.shape[-1])
+
+
+def neighborhood_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1,),
+    dilation: Sequence[int] = (1,),
+    is_causal: Sequence[bool] = (False,),
+    relative_position_bias: Optional[Tensor] = None,
+    scale: Optional[float] = None,
+) -> Tensor:
+    """Softmax over the keys of :func:`neighborhood_attention_scores`, of the same arguments."""
+    options = (kernel_size, stride, dilation, is_causal)
+    return neighborhood_attention_scores(query, key, *options, relative_position_bias, scale).softmax(-1)
 
 
 def aggregate(

@@ -8,9 +8,15 @@ from .. import checks
 from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
-from .reference import aggregate, window_attention_weights
+from .reference import aggregate, window_attention_scores, window_attention_weights
 
-__all__ = ["aggregate", "window_attention", "window_attention_packed", "window_attention_weights"]
+__all__ = [
+    "aggregate",
+    "window_attention",
+    "window_attention_packed",
+    "window_attention_scores",
+    "window_attention_weights",
+]
 
 _OPERATOR = Operator(
     "window_attention",

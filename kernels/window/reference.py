@@ -10,7 +10,7 @@ from ..dispatch import statistics_dtype
 from .geometry import bias_index
 
 
-def window_attention_weights(
+def window_attention_scores(
     query: Tensor,
     key: Tensor,
     window_size: Sequence[int],
@@ -19,10 +19,10 @@ def window_attention_weights(
     relative_position_bias: Optional[Tensor] = None,
     scale: Optional[float] = None,
 ) -> Tensor:
-    """Softmax weights of window attention, (batch, height, width, heads, keys), in float32 (float64 stays).
+    """Scores of window attention, (batch, height, width, heads, keys), in float32 (float64 stays).
 
-    The last axis holds the tokens of the query's window, row by row. Arguments as in
-    :func:`~vicinal.kernels.window_attention`.
+    The last axis holds the tokens of the query's window, row by row, with -inf for those that it must not see.
+    Arguments as in :func:`~vicinal.kernels.window_attention`.
     """
     window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -35,7 +35,20 @@ def window_attention_weights(
     if any(shifts):
         regions = _regions(query, window, shifts)
         scores = scores.masked_fill(regions.transpose(-1, -2) != regions, float("-inf"))
-    return _to_map(scores.softmax(-1), query, window, partition, shifts)
+    return _to_map(scores, query, window, partition, shifts)
+
+
+def window_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    window_size: Sequence[int],
+    partition: str = "block",
+    shift: Sequence[int] = (0,),
+    relative_position_bias: Optional[Tensor] = None,
+    scale: Optional[float] = None,
+) -> Tensor:
+    """Softmax over the keys of :func:`window_attention_scores`, of the same arguments."""
+    return window_attention_scores(query, key, window_size, partition, shift, relative_position_bias, scale).softmax(-1)
 
 
 def aggregate(

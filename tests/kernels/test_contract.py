@@ -268,12 +268,6 @@ def test_second_derivative_is_refused(call: Call) -> None:
     assert torch.autograd.grad(gradient.square().sum(), tensors[1])[0].abs().sum() > 0
 
 
-def test_vmap_is_refused(call: Call) -> None:
-    tensors = call.inputs()
-    with pytest.raises(NotImplementedError, match="no vmap rule; fold the mapped axis into the batch axis"):
-        torch.func.vmap(lambda query: call.run(query, *tensors[1:]))(torch.stack([tensors[0]] * 2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_mode_gives_the_same_bits(call: Call, dtype: torch.dtype) -> None:
     tensors = [tensor.requires_grad_() for tensor in call.inputs(dtype)]

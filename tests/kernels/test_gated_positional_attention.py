@@ -11,7 +11,12 @@ from timm.models.convit import GPSA
 from torch import Tensor
 
 from vicinal.kernels import backend, gated_positional_attention
-from vicinal.kernels.gated import aggregate, gated_positional_attention_weights, tiled
+from vicinal.kernels.gated import (
+    aggregate,
+    gated_positional_attention_scores,
+    gated_positional_attention_weights,
+    tiled,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("query", "key", "value", "position_scores", "gate")
@@ -157,6 +162,18 @@ def test_weights_and_aggregate() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 4, 2, dtype=torch.float64))
     # the share of position is rounded as float32 in neither
     torch.testing.assert_close(aggregate(weights, value), case.run(**tensors, value=value), rtol=1e-12, atol=1e-12)
+
+
+def test_scores_have_the_weights_as_their_softmax() -> None:
+    tensors = Case(map=(3, 4), dtype=torch.float64).inputs()
+    tensors.pop("value")
+    tensors["position_scores"] = 300 * tensors["position_scores"]  # weights that are zero as numbers
+    for gate in ([0.3, -2.0], [100.0, -100.0]):
+        tensors["gate"] = torch.tensor(gate, dtype=torch.float64, requires_grad=True)
+        scores = gated_positional_attention_scores(**tensors)
+        expected = gated_positional_attention_weights(**tensors)
+        torch.testing.assert_close(scores.softmax(-1), expected, rtol=1e-10, atol=1e-12)
+        assert torch.autograd.grad(scores.softmax(-1).square().sum(), tensors["gate"])[0].isfinite().all()
 
 
 TENSOR, SCORES, GATE = torch.randn(2, 3, 4, 2, 4), torch.zeros(2, 12, 12), torch.zeros(2)

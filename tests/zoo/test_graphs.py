@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -51,6 +52,14 @@ def create(name: str) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)  # a residual branch that begins as zero would hide what is in it
     return model
+
+
+def create_unfused(name: str) -> nn.Module:
+    set_fused_attn(False)
+    try:
+        return create(name)
+    finally:
+        set_fused_attn(True)
 
 
 def images(name: str) -> list[Tensor]:
@@ -137,6 +146,28 @@ def test_export_with_dynamic_batch_and_size(name: str, strict: bool):
     for image in images(name):
         with torch.no_grad():
             assert_same_numbers(program.module()(image), model(image))
+
+
+# the families whose formula of attention weights leaves guards; the others take the same branch
+UNFUSED = {"davit_pico_vicinal", "dinat_pico", "litv2_pico", "maxvit_pico"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in UNFUSED else pytest.mark.slow) for name in MODELS]
+)
+def test_export_with_unfused_attention(name: str):
+    program = torch.export.export(
+        create_unfused(name), (images(name)[0],), dynamic_shapes=dynamic_shapes(name), strict=False
+    )
+    other = images(name)[2]
+    with torch.no_grad():
+        assert_same_numbers(program.module()(other), create(name)(other))
+
+
+@names
+def test_unfused_attention_is_scripted(name: str):
+    with torch.no_grad():
+        assert_same_numbers(torch.jit.script(create_unfused(name))(images(name)[0]), create(name)(images(name)[0]))
 
 
 @names_by_tracing_time

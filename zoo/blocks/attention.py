@@ -4,6 +4,7 @@ from typing import Final, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.layers import (
+    Attention,
     register_notrace_function,
     resize_rel_pos_bias_table,
     to_2tuple,
@@ -14,12 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import neighborhood_attention_packed, window_attention_packed
+from ...kernels.dispatch import needs_formula
 from ...kernels.neighborhood import aggregate as neighborhood_aggregate
-from ...kernels.neighborhood import neighborhood_attention_weights
+from ...kernels.neighborhood import neighborhood_attention_scores
 from ...kernels.window import aggregate as window_aggregate
-from ...kernels.window import window_attention_weights
+from ...kernels.window import window_attention_scores
 from .padding import crop, pad_to_minimum, pad_to_multiple
 from .sizes import always
+
+# torch.fx takes what is behind the softmax of a module, where timm's AttentionExtract looks for it, and what is before
+# it as one step each.
+for function in (neighborhood_attention_scores, neighborhood_aggregate, window_attention_scores, window_aggregate):
+    register_notrace_function(function)
 
 FEW_SCORES = 1 << 16
 """Of a head, that are stored on a CPU: a map of 16 x 16 tokens."""
@@ -66,7 +73,7 @@ class LocalAttention(nn.Module):
         padded = self.pad(x)
         packed = self.project(padded)
         dropping = self.training and self.attn_drop.p > 0.0
-        if (self.fused_attn or torch.jit.is_scripting()) and not dropping:
+        if (self.fused_attn or becomes_program()) and not dropping:
             attended = self.attend_packed(packed)
         else:
             query, key, value = packed.unbind(3)
@@ -105,6 +112,11 @@ class LocalAttention(nn.Module):
     def enhance(self, attended: Tensor, x: Tensor, value: Tensor) -> Tensor:
         """The output (B, H, W, dim) with what a subclass adds to it of the padded map ``x`` or of the values."""
         return attended
+
+    @torch.jit.unused
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Softmax weights of scores (B, H, W, heads, keys)."""
+        return scores.softmax(dim=-1)
 
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Softmax weights (B, H, W, heads, keys)."""
@@ -170,9 +182,10 @@ class NeighborhoodAttention(LocalAttention):
 
     @torch.jit.unused
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
-        return neighborhood_attention_weights(
+        scores = neighborhood_attention_scores(
             query, key, self.kernel_size, dilation=self.dilation, relative_position_bias=self.relative_position_bias
         )
+        return self.normalize(scores)
 
     @torch.jit.unused
     def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -227,12 +240,26 @@ class GlobalAttention(LocalAttention):
         scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
         if self.relative_position_bias is not None:
             scores = scores + expand_table(self.relative_position_bias, size)
-        return scores.softmax(dim=-1).transpose(1, 2).unflatten(1, size)
+        return self.normalize(scores.transpose(1, 2).unflatten(1, size))
 
     @torch.jit.unused
     def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
         values = value.flatten(1, 2).to(weights.dtype)
         return torch.einsum("byxhn,bnhd->byxhd", weights, values).to(value.dtype)
+
+
+class PlainAttention(Attention):
+    """timm's attention of tokens (B, N, dim), whose fused form has every derivative where its formula is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim])
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused_attn and not (self.training and self.attn_drop.p > 0.0):
+            attended = attend_with_bias(query, key, value, None, self.scale)
+        else:
+            weights = (query * self.scale @ key.transpose(-2, -1)).softmax(dim=-1)
+            attended = self.attn_drop(weights) @ value
+        return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
 
 
 class WindowAttention(LocalAttention):
@@ -299,17 +326,26 @@ class WindowAttention(LocalAttention):
 
     @torch.jit.unused
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
-        return window_attention_weights(
+        scores = window_attention_scores(
             query,
             key,
             self.window_size,
             partition=self.partition,
             relative_position_bias=self.relative_position_bias,
         )
+        return self.normalize(scores)
 
     @torch.jit.unused
     def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
         return window_aggregate(weights, value, self.window_size, partition=self.partition)
+
+
+def becomes_program() -> bool:
+    """Whether a program is made of a module that keeps no hooks, so that nobody can ask for its attention weights."""
+    exporting = True
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    return exporting
 
 
 def positive_pair(name: str, value: Union[int, Sequence[int]]) -> List[int]:
@@ -348,6 +384,7 @@ def attend_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Optional[T
     if not torch.jit.is_scripting():
         # the decomposition of scaled_dot_product_attention for ONNX has other strides than the operator
         explicit = torch.onnx.is_in_onnx_export()
+        explicit = explicit or needs_formula(query, key, value, bias)
         if not torch.compiler.is_compiling():
             # for an empty batch it leaves the bias without a gradient
             explicit = explicit or query.shape[0] == 0 or _has_few_scores(query, key)

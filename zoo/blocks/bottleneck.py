@@ -62,6 +62,7 @@ class BottleneckAttention(nn.Module):
         self.head_dim = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.pooled = stride == 2
         self.fused_attn = use_fused_attn()
+        self.attn_drop = nn.Identity()  # no dropout: what the weights pass through, where hooks can read them
         self.qkv = nn.Conv2d(dim, 2 * num_heads * self.head_dim + dim_out, 1, bias=False, **dd)
         self.pos_embed = RelativeTables(feat_size, self.head_dim, **dd)
         self.reset_parameters()
@@ -96,7 +97,7 @@ class BottleneckAttention(nn.Module):
         if self.fused_attn:
             return attend_with_bias(query, key, value, bias, self.head_dim**-0.5)
         scores = query @ key.transpose(2, 3) * self.head_dim**-0.5 + bias
-        return scores.softmax(dim=-1) @ value
+        return self.attn_drop(scores.softmax(dim=-1)) @ value
 
 
 class LambdaAttention(LambdaLayer):

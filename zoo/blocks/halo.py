@@ -3,12 +3,18 @@
 from typing import Final, Optional, Tuple
 
 import torch
-from timm.layers import make_divisible, register_notrace_function, trunc_normal_
+from timm.layers import make_divisible, register_notrace_function, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import halo_attention
+from ...kernels.halo import aggregate, halo_attention_scores
+from .attention import becomes_program
 from .padding import crop, pad_by_edge, pad_to_multiple
+
+# torch.fx takes each as one step, with the softmax between them.
+register_notrace_function(halo_attention_scores)
+register_notrace_function(aggregate)
 
 
 class RelativeTables(nn.Module):
@@ -53,6 +59,7 @@ class HaloAttention(nn.Module):
         row and column are counted within its block of queries, as in timm.
     """
 
+    fused_attn: Final[bool]
     mask_padding: Final[bool]
     pooled: Final[bool]
 
@@ -92,6 +99,8 @@ class HaloAttention(nn.Module):
         dim_qk = num_heads * self.head_dim
         self.q = nn.Conv2d(dim, dim_qk, 1, stride=self.query_stride, bias=False, **dd)
         self.kv = nn.Conv2d(dim, dim_qk + dim_out, 1, bias=False, **dd)
+        self.fused_attn = use_fused_attn()
+        self.attn_drop = nn.Identity()  # no dropout: what the weights pass through, where hooks can read them
         self.pos_embed = RelativeTables((self.window_size, self.window_size), self.head_dim, **dd)
         self.reset_parameters()
 
@@ -112,7 +121,10 @@ class HaloAttention(nn.Module):
         if self.mask_padding:
             rows = rows + self.mask(query.shape[1], height, rows)[:, None, None, :]
             columns = columns + self.mask(query.shape[2], width, columns)[:, None, :]
-        x = self.attend(query, key, value, rows, columns).flatten(3)
+        if self.fused_attn or becomes_program():
+            x = self.attend(query, key, value, rows, columns).flatten(3)
+        else:
+            x = self.attend_by_weights(query, key, value, rows, columns).flatten(3)
         step = self.query_stride
         # in the form of a strided convolution's output, which torch.export knows to be equal to the shortcut's
         x = crop(x, (height - 1) // step + 1, (width - 1) // step + 1).permute(0, 3, 1, 2)
@@ -123,6 +135,7 @@ class HaloAttention(nn.Module):
         return _mask(queries, size, self.query_block, self.block_size, self.halo_size, like)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Attention output (B, H, W, heads, dim_out / heads)."""
         if torch.jit.is_scripting():
             return torch.ops.vicinal.halo_attention(
                 query, key, value, self.block_size, self.halo_size, rows, columns, False, None
@@ -136,6 +149,12 @@ class HaloAttention(nn.Module):
             relative_height_logits=rows,
             relative_width_logits=columns,
         )
+
+    @torch.jit.unused
+    def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The same, with the weights (B, H, W, heads, keys) passing through ``attn_drop``."""
+        weights = halo_attention_scores(query, key, self.block_size, self.halo_size, rows, columns).softmax(dim=-1)
+        return aggregate(self.attn_drop(weights), value, self.block_size, self.halo_size)
 
 
 def relative_logits(
