@@ -10,16 +10,20 @@ import torch
 from operator_testing import seeded
 from torch import Tensor
 
+from vicinal.kernels import aggregated as aggregated_operator
 from vicinal.kernels import (
     aggregated_attention,
     backend,
     gated_positional_attention,
     halo_attention,
+    neighborhood,
     neighborhood_attention,
     routed_attention,
+    window,
     window_attention,
     window_attention_packed,
 )
+from vicinal.kernels.nonfinite import product_of_seen
 
 HEIGHT, WIDTH, HEADS, HEAD_DIM = 7, 9, 2, 4
 CELLS = list(itertools.product(range(HEIGHT), range(WIDTH)))
@@ -164,8 +168,16 @@ def lost_outputs(poisoned: str, number: float, token: int, visible: Tensor, quer
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("poisoned", ["query", "key", "value", "grad_output"])
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_not_finite_reaches_only_those_that_see_it(name: str, poisoned: str, number: float) -> None:
-    """Against a clean run: queries, keys and values change only where a pair leads from the bad number to them."""
+def test_what_is_not_finite_reaches_only_those_that_see_it(
+    name: str, poisoned: str, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a clean run: queries, keys and values change only where a pair leads from the bad number to them.
+
+    One of the numbers meets the smallest pieces of work, of single tiles and rows of windows; one meets bfloat16.
+    """
+    if number == -math.inf:
+        for module in (neighborhood.tiled, window.tiled, aggregated_operator.tiled):
+            monkeypatch.setattr(module, "SCORES_IN_CACHE", 1)
     case, dtype = CASES[name], torch.bfloat16 if number == math.inf else torch.float32
     tensors, visible = case.tensors(dtype), case.visible()
     with backend("tiled"):
@@ -191,6 +203,25 @@ def test_what_is_not_finite_reaches_only_those_that_see_it(name: str, poisoned: 
                 same[1, touched[result], 0] = False
                 rounding = 8 * torch.finfo(dtype).eps * clean[result].abs().max().item()
                 torch.testing.assert_close(tensor[same], clean[result][same], rtol=0, atol=rounding)
+
+
+def test_the_product_of_seen_pairs_is_their_sum() -> None:
+    """Term by term: 0 times infinity is NaN where a pair is seen, and nothing where it is hidden."""
+    generator = seeded(0)
+    numbers = torch.tensor([0.5, -2.0, 0.0, math.nan, math.inf, -math.inf])
+    weights = torch.tensor([0.25, -0.5, 0.0])[torch.randint(3, (4, 5, 3), generator=generator)]
+    hidden = torch.rand(5, 3, generator=generator) < 0.4
+    weights = weights.masked_fill(hidden, 0.0)
+    for odds in ([4, 4, 4, 1, 1, 1], [4, 4, 4, 0, 2, 0], [4, 4, 4, 0, 1, 1]):
+        chosen = torch.multinomial(torch.tensor(odds, dtype=torch.float32), 4 * 3 * 6, True, generator=generator)
+        right = numbers[chosen].view(4, 3, 6)
+        terms = (weights[..., None] * right[:, None]).masked_fill(hidden[..., None], 0.0)  # (4, 5, 3, 6)
+        expected = terms.sum(2)
+        assert expected.isnan().any() or expected.isinf().any()
+        torch.testing.assert_close(product_of_seen(weights, hidden, right), expected, equal_nan=True)
+    torch.testing.assert_close(
+        product_of_seen(weights, None, right), (weights[..., None] * right[:, None]).sum(2), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("wanted", [["query"], ["key"], ["value"], ["relative_position_bias"]], ids=str)
