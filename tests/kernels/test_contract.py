@@ -12,7 +12,7 @@ from operator_calls import CALLS, Call
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.kernels import backend, explain, neighborhood_attention, window_attention
+from vicinal.kernels import backend, explain, halo_attention, neighborhood_attention, window_attention
 
 
 class Mixer(nn.Module):
@@ -207,6 +207,20 @@ def test_onnx(call: Call, tmp_path: Any) -> None:
         x = torch.randn(batch, *(size + grow * call.step for size in call.map), 4)
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert_same([torch.from_numpy(output)], [mixer(x)])
+
+
+def test_onnx_where_all_axes_have_one_size(tmp_path: Any) -> None:
+    """Batch, rows and columns of windows, and heads: the exporter must not take one of them for another."""
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return window_attention(x, x, x, 2) + halo_attention(x, x, x, 2, 1)
+
+    path, x = tmp_path / "both.onnx", torch.randn(2, 4, 4, 2, 8)
+    torch.onnx.export(Both(), (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_same([torch.from_numpy(output)], [Both()(x)])
 
 
 @pytest.mark.parametrize("backend_name", ["reference", "tiled"])

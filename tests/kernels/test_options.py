@@ -132,3 +132,6 @@ def test_reaches_beyond_small_maps_are_allowed() -> None:
     torch.testing.assert_close(wide, narrow, rtol=0, atol=1e-6)
     message = refusal(halo_attention, x, x, x, 2, 65)
     assert message == "halo_size=65 reaches far beyond the map of (2, 2); use at most 64"
+    x = torch.zeros(1, 2, 70, 1, 4)
+    message = refusal(aggregated_attention, x, x, x, x[:, 0], x[:, 0], window_size=141)
+    assert message == "window_size=141 reaches far beyond the map of (2, 70); use at most 140"
