@@ -72,7 +72,7 @@ def in_torn_window(query: tuple[int, int], key: tuple[int, int]) -> bool:
     return True
 
 
-ROUTES = torch.tensor([[0, 2], [1, 1], [5, 3], [0, 4], [2, 5], [3, 1]])
+ROUTES = torch.tensor([[0, 2, 3], [1, 1, 4], [5, 3, 0], [0, 4, 4], [2, 5, 1], [3, 1, 2]])
 """Of six regions of four tokens: few enough for the plan that scores all pairs."""
 
 
