@@ -344,8 +344,6 @@ class _Gradients:
         weights, _ = tiling.weights(query, key, pooled_key, strip)
         if tiling.apart:
             tiling.leave_out(weights, strip)
-        elif extra is not None and is_tainted(extra):
-            return False
         if self.need_products:
             products = tiling.multiply(grad, tiling.load(values, strip), pooled_value, strip)
             self._store_products(products, strip)

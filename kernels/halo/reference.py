@@ -60,7 +60,9 @@ def halo_attention_weights(
 def aggregate(weights: Tensor, value: Tensor, block_size: int, halo_size: int) -> Tensor:
     """Sum of the values of each query's window, weighted by `weights` of :func:`halo_attention_weights`."""
     values = _to_windows(value.to(weights.dtype), block_size, halo_size)
-    return _to_map(_to_blocks(weights, value, block_size) @ values, weights).to(value.dtype)
+    # Transposed: the ONNX exporter takes a plain product apart where batch, rows, columns and heads are one number.
+    blocks = (values.mT @ _to_blocks(weights, value, block_size).mT).mT
+    return _to_map(blocks, weights).to(value.dtype)
 
 
 def halo_attention(

@@ -58,7 +58,9 @@ def aggregate(
     window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2)
     weights = _to_windows(weights, window, partition, shifts)
     values = _to_windows(value.to(weights.dtype), window, partition, shifts)
-    return _to_map(weights @ values, value, window, partition, shifts).to(value.dtype)
+    # Transposed: the ONNX exporter takes a plain product apart where batch, rows, columns and heads are one number.
+    windows = (values.mT @ weights.mT).mT
+    return _to_map(windows, value, window, partition, shifts).to(value.dtype)
 
 
 def window_attention(

@@ -12,7 +12,7 @@ from operator_calls import CALLS, Call
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.kernels import backend, explain, neighborhood_attention, window_attention
+from vicinal.kernels import backend, explain, halo_attention, neighborhood_attention, window_attention
 
 
 class Mixer(nn.Module):
@@ -78,6 +78,24 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_opcheck(call: Call, layout: str) -> None:
     tensors = [tensor.requires_grad_() for tensor in call.inputs(layout=layout)]
     torch.library.opcheck(call.operator.default, call.arguments(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "statistics"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+    ids=str,
+)
+def test_opcheck_of_fake_results_in_other_dtypes(call: Call, dtype: torch.dtype, statistics: torch.dtype) -> None:
+    """The logsumexp has not the dtype of the query, nor has the gradient of a bias."""
+    arguments = call.arguments(*call.inputs(dtype))
+    torch.library.opcheck(call.operator.default, arguments, test_utils="test_faketensor")
+    on_meta = [value.to("meta") if isinstance(value, Tensor) else value for value in arguments]
+    for output, logsumexp in (call.operator(*arguments), call.operator(*on_meta)):
+        assert (output.dtype, logsumexp.dtype) == (dtype, statistics)
+        assert logsumexp.shape == output.shape[:-1]
+    output, logsumexp = call.operator(*arguments)
+    backward = (torch.ones_like(output), output, logsumexp, call.flags(True, True, True, True), *arguments)
+    torch.library.opcheck(call.backward_operator.default, backward, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("needs_gradient", [[True] * 4, [False, True, False, True]], ids=["all", "some"])
@@ -189,6 +207,20 @@ def test_onnx(call: Call, tmp_path: Any) -> None:
         x = torch.randn(batch, *(size + grow * call.step for size in call.map), 4)
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert_same([torch.from_numpy(output)], [mixer(x)])
+
+
+def test_onnx_where_all_axes_have_one_size(tmp_path: Any) -> None:
+    """Batch, rows and columns of windows, and heads: the exporter must not take one of them for another."""
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return window_attention(x, x, x, 2) + halo_attention(x, x, x, 2, 1)
+
+    path, x = tmp_path / "both.onnx", torch.randn(2, 4, 4, 2, 8)
+    torch.onnx.export(Both(), (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_same([torch.from_numpy(output)], [Both()(x)])
 
 
 @pytest.mark.parametrize("backend_name", ["reference", "tiled"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -95,6 +96,70 @@ def test_blocks_nest_and_end_after_an_error() -> None:
             raise RuntimeError("inside")
         assert selected_backend() == "tiled"
     assert selected_backend() == "auto"
+
+
+def overlap(first: str, second: str) -> tuple[list[str], str]:
+    """Two blocks in two threads, of which the first ends first.
+
+    Returns:
+        what the second thread sees when the first has left, or the error that it meets; and what is selected at last.
+    """
+    entered, meanwhile, left = (threading.Event() for _ in range(3))
+    seen = []
+
+    def outer() -> None:
+        with backend(first):
+            entered.set()
+            assert meanwhile.wait(10)
+        left.set()
+
+    def inner() -> None:
+        assert entered.wait(10)
+        try:
+            with backend(second):
+                meanwhile.set()
+                assert left.wait(10)
+                seen.append(selected_backend())
+        except RuntimeError as error:
+            seen.append(str(error))
+        finally:
+            meanwhile.set()
+
+    threads = [threading.Thread(target=target) for target in (outer, inner)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen, selected_backend()
+
+
+def test_blocks_of_two_threads_that_overlap() -> None:
+    assert overlap("reference", "reference") == (["reference"], "auto")
+    refusal = (
+        "backend='tiled' while another thread is in a block with backend='reference': the choice holds for all "
+        "threads; put one block around both, or let one end before the other begins"
+    )
+    assert overlap("reference", "tiled") == ([refusal], "auto")
+    with backend("tiled"):
+        assert factor() == 2
+    assert factor() == 3
+
+
+def test_equal_blocks_nest_around_another() -> None:
+    with backend("reference"), backend("tiled"):
+        with backend("reference"):
+            assert selected_backend() == "reference"
+        assert selected_backend() == "tiled"
+
+
+def test_a_block_holds_for_other_threads() -> None:
+    """As those in which autograd runs the backward on a GPU."""
+    found = []
+    with backend("tiled"):
+        thread = threading.Thread(target=lambda: found.append(factor()))
+        thread.start()
+        thread.join()
+    assert found == [2]
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from vicinal.zoo.biformer import (
     EnhancedAttention,
     ProjectedRoutedAttention,
     RoutedAttention,
+    choose_routes,
     flatten_map,
     unflatten_map,
 )
@@ -177,3 +178,29 @@ def test_the_grid_is_an_option():
 def test_options_that_do_not_fit_are_refused_by_name(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         timm.create_model("biformer_pico", **options)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+@torch.no_grad()
+def test_an_image_with_a_bad_pixel_ruins_its_own_logits_only(number: float):
+    """Routes are chosen by scores that are NaN there, and stay routes."""
+    torch.manual_seed(0)
+    model = timm.create_model("biformer_pico", num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    clean = model(images)
+    images[1, 0, 3, 5] = number
+    logits = model(images)
+    assert logits[1].isnan().all()
+    torch.testing.assert_close(logits[0], clean[0], rtol=0, atol=1e-5)
+
+
+def test_routes_of_scores_that_are_no_numbers_are_regions():
+    query, key = (torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    expected = choose_routes(query, key, 3)
+    query[0, 2] = float("nan")
+    routes = choose_routes(query, key, 3)
+    assert torch.equal(routes[0, [0, 1, 3, 4, 5]], expected[0, [0, 1, 3, 4, 5]])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        key[0, 1] = bad
+        routes = choose_routes(query, key, 3)
+        assert all(len(set(row)) == 3 and set(row) <= set(range(6)) for row in routes[0].tolist())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vicinal.zoo.blocks.deformable import deform_conv2d
 from vicinal.zoo.litv2 import DeformableMerging, HiLoAttention
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -90,6 +91,85 @@ def test_an_offset_moves_the_samples_and_finds_zeros_outside():
     moved = F.pad(x, [0, 0, 0, 1])[:, :, 1:]
     expected = merge_plainly(merging, moved)
     torch.testing.assert_close(merging(x), expected, rtol=0, atol=16 * EPSILON)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_an_offset_that_is_no_number_is_no_address(number: float):
+    """It makes its own output NaN, in all channels, and leaves the others and what they are made of."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, offset = (
+        torch.randn(*shape, generator=generator) for shape in ((2, 4, 8, 8), (6, 4, 2, 2), (2, 8, 4, 4))
+    )
+    bad = offset.clone()
+    bad[1, 5, 2, 3] = number
+    outputs, gradients = [], []
+    for shift in (offset, bad):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, shift, weight)]
+        outputs.append(deform_conv2d(*leaves, stride=(2, 2)))
+        gradients.append(torch.autograd.grad(outputs[-1].nan_to_num().sum(), leaves))
+    lost = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    lost[1, 0, 2, 3] = True
+    assert torch.equal(outputs[1].isnan(), lost.expand_as(outputs[1]))
+    clean, found = (output.masked_select(~lost) for output in outputs)
+    assert torch.equal(clean, found)
+    elsewhere = torch.arange(32).view(2, 4, 4) != 16 + 2 * 4 + 3
+    assert torch.equal(gradients[0][1].movedim(1, -1)[elsewhere], gradients[1][1].movedim(1, -1)[elsewhere])
+    assert torch.equal(gradients[0][0][0], gradients[1][0][0])
+
+
+@pytest.mark.parametrize("distance", [1e3, 1e30, -3e38])
+def test_an_offset_far_beyond_the_map_finds_zeros(distance: float):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(6, 4, 2, 2, generator=generator)
+    offset = torch.zeros(1, 8, 4, 4)
+    offset[0, :2, 1, 2] = distance  # the first tap of one output
+    offset.requires_grad_()
+    output = deform_conv2d(x, offset, weight, stride=(2, 2))
+    expected = F.conv2d(x, weight, stride=2)
+    expected[0, :, 1, 2] -= weight[:, :, 0, 0] @ x[0, :, 2, 4]
+    torch.testing.assert_close(output.detach(), expected, rtol=0, atol=16 * EPSILON)
+    (gradient,) = torch.autograd.grad(output.sum(), offset)
+    assert gradient.isfinite().all()
+    assert not gradient[0, :2, 1, 2].any()
+
+
+@pytest.mark.parametrize(
+    ("form", "number"),
+    [
+        ("eager", float("nan")),
+        ("eager", float("inf")),
+        *((x, float("nan")) for x in ("scripted", "traced", "exported")),
+    ],
+)
+def test_an_image_with_a_bad_pixel_ruins_its_own_logits_only(form: str, number: float):
+    torch.manual_seed(0)
+    model = timm.create_model("litv2_pico", num_classes=5).eval()
+    for stage in model.stages[1:]:
+        torch.nn.init.normal_(stage.downsample.offset.weight)
+    images = tokens(2, 3, 32, 32)
+    with torch.no_grad():
+        clean = model(images)
+        run = {
+            "eager": lambda: model,
+            "scripted": lambda: torch.jit.script(model),
+            "traced": lambda: torch.jit.trace(model, images),
+            "exported": lambda: torch.export.export(model, (images,)).module(),
+        }[form]()
+        images[1, 0, 3, 5] = number
+        logits = run(images)
+    assert logits[1].isnan().all()
+    torch.testing.assert_close(logits[0], clean[0], rtol=0, atol=1e-5)
+
+
+def test_a_bad_pixel_ruins_the_gradient_of_its_image_only():
+    torch.manual_seed(0)
+    model = timm.create_model("litv2_pico", num_classes=5).eval()
+    images = tokens(2, 3, 32, 32)
+    images[1, 0, 3, 5] = float("nan")
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images).sum(), images)
+    assert gradient[0].isfinite().all()
+    assert not gradient[1].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -88,6 +88,53 @@ def test_roi_align_has_the_gradient_of_its_differences(device: str, generator: t
     assert torch.autograd.gradcheck(ops.RoIAlign((2, 3), sampling_ratio=2), (maps, rois))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_roi_align_of_a_box_that_is_no_number(
+    device: str, sampling_ratio: int, number: float, generator: torch.Generator
+):
+    """Its values are NaN; the other boxes and the gradient of the map know nothing of it."""
+    maps = torch.rand(1, 3, 8, 9, generator=generator).to(device).requires_grad_()
+    rois = torch.tensor([[0, 1.3, 0.7, 6.1, 5.9], [0, 1.0, 1.0, 5.0, 4.0]], device=device)
+    align = ops.RoIAlign((2, 3), sampling_ratio=sampling_ratio)
+    expected = align(maps, rois[:1])
+    rois = rois.clone()
+    rois[1, 3] = number
+    out = align(maps, rois)
+    assert torch.equal(out[:1], expected)
+    assert out[1].isnan().all()
+    gradients = [torch.autograd.grad(result.nan_to_num().sum(), maps)[0] for result in (out, expected)]
+    torch.testing.assert_close(*gradients, **FLOAT32)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+def test_deform_convs_at_an_offset_that_is_no_number(device: str, number: float, generator: torch.Generator):
+    maps, weight = torch.rand(2, 4, 5, 6, generator=generator), torch.rand(3, 4, 3, 3, generator=generator)
+    offset, mask = torch.rand(2, 18, 5, 6, generator=generator), torch.rand(2, 9, 5, 6, generator=generator)
+    offset[1, 7, 2, 3] = number
+    lost = torch.zeros(2, 3, 5, 6, dtype=torch.bool)
+    lost[1, :, 2, 3] = True
+    maps, offset, mask, weight = (tensor.to(device) for tensor in (maps, offset, mask, weight))
+    for out in (
+        ops.deform_conv2d(maps, offset, weight, 1, 1),
+        ops.modulated_deform_conv2d(maps, offset, mask, weight, None, 1, 1),
+    ):
+        assert torch.equal(out.isnan().cpu(), lost)
+
+
+def test_deformable_attention_at_a_place_that_is_no_number(device: str, generator: torch.Generator):
+    shapes = torch.tensor([[4, 5], [2, 3]], device=device)
+    value, weights = torch.rand(1, 26, 2, 4, generator=generator), torch.rand(1, 3, 2, 2, 2, generator=generator)
+    places = torch.rand(1, 3, 2, 2, 2, 2, generator=generator)
+    places[0, 1, 1, 0, 1, 0] = float("nan")
+    starts = torch.tensor([0, 20], device=device)
+    apply = ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction.apply
+    out = apply(value.to(device), shapes, starts, places.to(device), weights.to(device), 64)
+    lost = torch.zeros(1, 3, 8, dtype=torch.bool)
+    lost[0, 1, 4:] = True  # the second head of the second query
+    assert torch.equal(out.isnan().cpu(), lost)
+
+
 def test_deform_conv_with_whole_offsets_is_a_shifted_convolution(device: str, generator: torch.Generator):
     maps = torch.rand(2, 4, 9, 10, generator=generator).to(device)
     weight = torch.rand(6, 4, 3, 3, generator=generator).to(device)

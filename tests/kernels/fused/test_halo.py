@@ -15,6 +15,7 @@ from operator_testing import (
 from test_halo_attention import TENSORS, Case, check_against_definition, draw
 
 from vicinal.kernels import backend, explain, halo_attention
+from vicinal.kernels.halo import fused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPECIAL = [
@@ -51,6 +52,22 @@ def identify(case: Case) -> str:
 @pytest.mark.parametrize("case", SPECIAL, ids=identify)
 def test_special_shapes(case: Case) -> None:
     check(case)
+
+
+def test_gradients_of_windows_take_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three images two and then one, as on maps whose windows do not fit into the scratch memory."""
+    case = Case((1, 2), 2, 1, batch=3, heads=1, value_dim=5)
+    numbers = 2 * (case.block + 2 * case.halo) ** 2 * case.heads * (case.head_dim + case.value_dim)  # of an image
+    monkeypatch.setattr(fused, "SCRATCH", 4 * numbers * 2)
+    firsts = []
+    add = fused._Call._add_windows
+    monkeypatch.setattr(
+        fused._Call,
+        "_add_windows",
+        lambda call, *rest, **arguments: (firsts.append(arguments["first"]), add(call, *rest, **arguments)),
+    )
+    check(case)
+    assert set(firsts) == {0, 2}
 
 
 LARGE = [pytest.param(case, marks=pytest.mark.slow) for case in SPECIAL if case.block > 4]

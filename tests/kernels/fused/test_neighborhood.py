@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from operator_testing import LAYOUTS, describe, run_with_gradients, subsets, sweep
-from test_neighborhood_attention import CORNERS, TENSORS, Case, assert_accurate, draw, ids, operator
+from test_neighborhood_attention import CORNERS, TENSORS, Case, assert_accurate, draw, ids, operator, oracle
 
 from vicinal.kernels import backend, neighborhood_attention
+from vicinal.kernels.neighborhood import fused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPECIAL = [
@@ -46,6 +47,48 @@ def test_layouts(layout: str) -> None:
 @pytest.mark.parametrize("case", sweep(draw, 5, seed=5))
 def test_random_cases(case: Case) -> None:
     assert_accurate(replace(case, batch=1, heads=2), "fused")
+
+
+@pytest.mark.parametrize(
+    "case",
+    ids(
+        [
+            Case((4, 6), (3, 2), dilation=(1, 2), batch=1, heads=1),
+            Case((5, 4), (3, 2), stride=(2, 1), causal=(True, False), batch=1, heads=1),
+            Case((19,), 5, batch=2, heads=1),
+        ]
+    ),
+)
+def test_gradients_by_the_kernels(case: Case) -> None:
+    """Elsewhere only the forward is forced, and the backward is fused on a GPU only: the interpreter takes minutes."""
+    with backend("fused"):
+        assert_accurate(case, "fused")
+
+
+def test_the_gradient_of_the_table_takes_some_tiles_and_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three tiles two and then one, of three images two in a program and one in another, as on large maps."""
+    monkeypatch.setattr(fused, "IMAGES", 2)
+    monkeypatch.setattr(fused, "PROGRAMS", 1)
+    monkeypatch.setattr(fused, "SCRATCH", 2**15)
+    counts = []
+    submit = fused._Call.submit
+
+    def spy(call, kernel, *rest, **arguments):
+        if kernel is fused.backward_bias_kernel:
+            counts.append((arguments["count"], arguments["images"]))
+        submit(call, kernel, *rest, **arguments)
+
+    monkeypatch.setattr(fused._Call, "submit", spy)
+    case = Case((4, 20), 3, batch=3, heads=1)
+    tensors, wanted = case.tensors(), ["relative_position_bias"]
+    with backend("fused"):
+        found = run_with_gradients(operator(case, "fused"), tensors, wanted)
+    expected = run_with_gradients(oracle(case), {name: x.double() for name, x in tensors.items()}, wanted)
+    assert counts == [(2, 2), (1, 2)]
+    # sums of 240 products of numbers of size one
+    torch.testing.assert_close(
+        found["grad_relative_position_bias"].double(), expected["grad_relative_position_bias"], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.slow

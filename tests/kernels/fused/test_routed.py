@@ -49,6 +49,13 @@ def test_special_shapes(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_routes_are_turned_round_some_at_a_time(repeated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with more routes than a program looks through at once: two of five regions, with two routes each."""
+    monkeypatch.setattr(fused, "ROUTES_OF_PROGRAM", 4)
+    check(Case(5, 3, 2, heads=1, repeated=repeated))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", [SPECIAL[2], SPECIAL[3], SPECIAL[6]], ids=describe)
 def test_half_precision(case: Case, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from test_window_attention import TENSORS, Case, dense, draw
 from vicinal.kernels import backend, explain, window_attention
 from vicinal.kernels.dispatch import statistics_dtype
 from vicinal.kernels.triton_common import interpreted
+from vicinal.kernels.window import fused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +55,47 @@ def test_random_cases(case: Case) -> None:
 @pytest.mark.parametrize("case", sweep(draw, 300, seed=3))
 def test_many_random_cases(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize(
+    ("case", "programs"),
+    [
+        (Case(map=(8, 12), window=(4, 4), shift=(1, 2), batch=3), 9),  # 6, 3, 6 and 3 windows of a kind, 4 at a time
+        (
+            Case(map=(2, 40), window=(2, 4), batch=5, heads=1),
+            3,
+        ),  # 7 blocks of 8 windows, 2 at a time, the last not full
+        (Case(map=(9, 24), window=(9, 8), shift=(0, 4), batch=1, heads=1), 5),  # 3 windows of 2 parts, 2 at a time
+    ],
+    ids=["shifted", "shared blocks", "parts"],
+)
+def test_programs_that_walk_several_windows(case: Case, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on maps with more windows than a GPU takes programs; the last program has fewer than the others."""
+    monkeypatch.setattr(fused, "PROGRAMS", dict.fromkeys(fused.PROGRAMS, programs))
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("poisoned", ["query", "key", "value", "grad_output"])
+def test_windows_that_share_a_block_do_not_share_a_nan(poisoned: str, dtype: torch.dtype) -> None:
+    """A block holds windows of several images."""
+    tensors = dict(zip(("query", "key", "value", "grad_output"), random_inputs((2, 4, 4, 1, 16), dtype), strict=False))
+    tensors["grad_output"] = random_inputs((2, 4, 4, 1, 16), dtype, seed=1)[0]
+    results = []
+    for number in (0.5, float("nan")):
+        tensors[poisoned][1, 2, 3, 0, 5] = number
+        leaves = [tensors[name].clone().requires_grad_() for name in ("query", "key", "value")]
+        with backend("fused"):
+            output = window_attention(*leaves, 2)
+            results.append([output.detach(), *torch.autograd.grad(output, leaves, tensors["grad_output"])])
+    bad = torch.zeros(2, 4, 4, dtype=torch.bool)
+    bad[1, 2:, 2:] = True  # its window
+    for index, (clean, found) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(clean[~bad], found[~bad])
+        if poisoned in ("key", "value"):
+            assert not found[bad].isfinite().any()
+        elif index:  # a query or a gradient is in no other output of its window
+            assert not found[1, 2, 3].isfinite().all()
 
 
 @pytest.mark.parametrize("window", [(4, 4), (9, 9)], ids=["whole", "parts"])
