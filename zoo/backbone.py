@@ -176,11 +176,12 @@ class Backbone(nn.Module):
         """
         if torch.compiler.is_exporting():
             smallest = self.smallest_example()
-            message = f"export with dynamic sizes needs an example image of at least {smallest} x {smallest} pixels"
             for size in (x.shape[2], x.shape[3]):
                 # torch takes a map of one row for a constant, which an example cannot show to be dynamic
-                if not always(size < smallest):
-                    torch._check(size >= smallest, lambda: message)
+                if not always(size < smallest) and size < smallest:
+                    raise RuntimeError(
+                        f"export with dynamic sizes needs an example image of at least {smallest} x {smallest} pixels"
+                    )
         elif torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             check_legacy_onnx(type(self).__name__, self.legacy_onnx)
 

@@ -162,6 +162,7 @@ def test_each_output_norm_meets_the_map_of_its_place():
     normed = VicinalBackbone("nat_pico", out_indices=(1, 2, 3), output_norm=(None, "layer", "layer")).eval()
     normed.model.load_state_dict(plain.model.state_dict())
     for norm in normed.output_norms[1:]:
+        assert norm.eps == 1e-5
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     x = torch.randn(1, 3, 64, 96)

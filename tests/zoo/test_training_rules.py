@@ -378,3 +378,16 @@ def test_features_are_those_of_the_last_stages(name: str):
     levels = 3 if family_of(name) in ("shvit", "convit") else 4
     backbone = timm.create_model(name, features_only=True, device="meta")
     assert backbone.feature_info.module_name() == [f"stages.{index}" for index in range(count - levels, count)]
+
+
+def test_the_attentive_probe_begins_as_its_paper_has_it():
+    model = create("attentive_probe", backbone="nat_pico")
+    for values, deviation in ((model.head.pool.queries, 0.02), (model.head.fc.weight, 0.01)):
+        assert values.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * values.numel()))
+    assert not model.head.fc.bias.any()
+    assert model.head.norm.eps == 1e-6
+    assert not model.head.norm.affine
+    assert model.head.pool.value.bias is None
+    assert model.head.pool.scale == model.num_features**-0.5
+    assert len(model.head.pool.queries) == 32
+    assert model.no_weight_decay() == {"head.pool.queries"}
