@@ -172,7 +172,7 @@ def find_model(path: str) -> tuple[Path, str | None]:
 def load_model(folder: Path) -> nn.Module:
     """Rebuild a saved model, weights included, in evaluation mode."""
     whose = f"checkpoint {folder}"
-    check_model_folder(folder, whose)
+    check_model_folder(folder, f"{whose}: cannot be loaded")
     try:
         with strict_loading(whose, complete=True):
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -201,7 +201,8 @@ def match_classes(model: nn.Module, images: Images, folder: Path) -> tuple[Image
     unknown = [name for name in given if name not in names]
     if unknown:
         raise UserError(
-            f"checkpoint {folder} was trained on classes {names[0]}..{names[-1]}, and {unknown[0]!r} of --data is none"
+            f"checkpoint {folder} has {len(names)} classes, the data {len(given)}, of which it does not know "
+            f"{unknown[0]!r}: it was trained on {names[0]}..{names[-1]}; see --data"
         )
     return Renumbered(images, [names.index(name) for name in given], names), [n for n in names if n not in given]
 

@@ -100,8 +100,8 @@ def hold_against(saved: Mapping[str, Any], own: Mapping[str, Any], where: str) -
         raise UserError(f"{where}: its settings are not those of a run: {type(error).__name__}: {error}") from error
     if refused:
         raise UserError(
-            f"{where}: belongs to another run: {'; '.join(refused)}; give what it was started with, or start a new "
-            "run from its weights: --weights"
+            f"{where}: does not fit this model, data and settings: {'; '.join(refused)}; give what it was started "
+            "with, or start a new run from its weights: --weights"
         )
     moved = [f"--data {now} (was {was}; the same images)"] if was != now else []
     return [f"from here on: {', '.join([*moved, *changed])}"] if moved or changed else []

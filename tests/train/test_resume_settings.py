@@ -296,6 +296,7 @@ def test_inside_an_epoch_the_best_model_is_not_the_one_at_hand(run, after_first_
     assert code == 75
     assert read_facts(folder / "last") == {"epoch": 1, "position": 12, "best_epoch": 1}
     shutil.rmtree(folder / "best")
+    assert "is not there" in find_best(folder)[1]  # nor is last/, inside the second epoch, the best model
     capsys.readouterr()
     assert run("--epochs", 2, "--save-interval", 1, "--resume", "auto")[0] == 0
     out = capsys.readouterr().out
