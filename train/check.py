@@ -11,6 +11,7 @@ import tyro
 
 from ..checkpoints import write_atomically
 from .config import DataConfig
+from .dense import survey
 from .errors import UserError
 from .images import Images, UnreadableImage, open_images
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     if command != "check":
         print(USAGE)
         return 0 if command in ("-h", "--help") else 2
+    if survey.is_dense(rest):
+        return survey.main(rest)
     arguments = tyro.cli(CheckArguments, prog="vicinal data check", args=rest)
     train, held_out = open_images(DataConfig(name=arguments.data))
     result = {
