@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from ..checkpoints import write_atomically
 from .errors import UserError
+from .outputs import check_output_folder
 
 CLASSES = ("rectangle", "circle", "triangle")
 FOLDERS = {"train": "training", "val": "validation"}
@@ -45,6 +46,8 @@ class ShapesConfig:
             raise UserError(f"--img-size {self.img_size}: must be at least 32, or the shapes vanish")
         if min(self.train_images, self.val_images) < 1:
             raise UserError("--train-images and --val-images must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ def write_scenes(config: ShapesConfig) -> Path:
     """Write both splits; returns the folder.
 
     Raises:
-        UserError: a folder that is not empty.
+        UserError: a folder that is not empty, or cannot be written.
     """
-    root = Path(config.output)
+    root = check_output_folder("output", config.output)
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root} is not empty: give a new folder, or remove it")
     for number, (split, count) in enumerate((("train", config.train_images), ("val", config.val_images))):

@@ -64,6 +64,8 @@ def _check_entry(cfg: Config, path: str, value: Any) -> None:
         else:
             raise UserError(f"--set {path}: {place} is {node!r}, and has no entries")
     _check_kind(node, value, path)
+    if parts[-1] == "type" and find_component(cfg, str(value)) is None:
+        raise UserError(f"--set {path}={value}: no component of this name is registered")
 
 
 def _check_new(cfg: Config, node: dict, place: str, part: str, path: str) -> None:
@@ -82,13 +84,17 @@ def _check_new(cfg: Config, node: dict, place: str, part: str, path: str) -> Non
         )
 
 
+def find_component(cfg: Config, name: str) -> Any:
+    """What is registered under a name, with MMEngine or the config's library; None if nothing is."""
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    with registered_only():
+        registries = [registry for registry in vars(mmengine.registry).values() if isinstance(registry, Registry)]
+        return next((found for registry in registries if (found := _find(registry, name)) is not None), None)
+
+
 def component_arguments(cfg: Config, name: str) -> set[str] | None:
     """Names that the constructor of a registered component takes; None where it takes any, or is not known."""
-    init_default_scope(cfg.get("default_scope", "mmengine"))
-    component = None
-    with registered_only():
-        for registry in vars(mmengine.registry).values():
-            component = component or (_find(registry, name) if isinstance(registry, Registry) else None)
+    component = find_component(cfg, name)
     if not inspect.isclass(component) or component is VicinalBackbone:
         # the backbone hands options on to the model, which is asked for them later
         return None

@@ -81,6 +81,8 @@ class DenseRun:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must lie between 0 and 2**32 - 1")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise UserError(f"--lr {self.lr}: must be positive")
 

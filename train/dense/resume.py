@@ -25,7 +25,8 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         UserError: a folder that is not empty without ``--resume``, or a checkpoint that is not there.
     """
     if resume is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # a run that never began leaves MMEngine's folder of logs behind, named by the time
+        if folder.exists() and any(not re.fullmatch(r"\d{8}_\d{6}", path.name) for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty: --resume auto goes on from it, or give another --output")
         return None
     place = folder if resume == "auto" else Path(resume)
