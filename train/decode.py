@@ -110,11 +110,13 @@ def has_image_header(start: bytes) -> bool:
     """Whether a file begins as one of a format that is read: for files whose names do not say it.
 
     Args:
-        start: the first 16 bytes, at least.
+        start: the first 16 bytes, which are fewer than any image has.
     """
+    if len(start) < 16:
+        return False
     checks = (Image.OPEN[name][1] for name in image_formats())
     # A check may answer with the reason why such a file cannot be read.
-    return any(check is not None and check(start[:16]) is True for check in checks)
+    return any(check is not None and check(start) is True for check in checks)
 
 
 def read_orientation(image: Image.Image) -> int:

@@ -46,8 +46,6 @@ class ShapesConfig:
             raise UserError(f"--img-size {self.img_size}: must be at least 32, or the shapes vanish")
         if min(self.train_images, self.val_images) < 1:
             raise UserError("--train-images and --val-images must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def write_scenes(config: ShapesConfig) -> Path:
     Raises:
         UserError: a folder that is not empty, or cannot be written.
     """
-    root = check_output_folder("output", config.output)
+    root = check_output_folder("OUTPUT", config.output)
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root} is not empty: give a new folder, or remove it")
     for number, (split, count) in enumerate((("train", config.train_images), ("val", config.val_images))):

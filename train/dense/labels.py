@@ -137,8 +137,10 @@ def check_label_maps(
         UserError: another size, a label that no class has, nothing to learn or to measure.
     """
     chosen = [pairs[place] for place in spread(len(pairs), sampled)]
-    for image, labels in chosen:
-        check_size(image, image_sizes(labels)[1])
+    stored = [image.name for image, labels in chosen if check_size(image, image_sizes(labels)[1])]
+    notes = []
+    if stored:
+        notes.append(f"{folder}: {len(stored)} images stay as they are stored, as their maps, such as {stored[0]}")
     counts = count_labels(chosen, len(classes), reduce)
     present = [name for name, count in zip(classes, counts, strict=True) if count]
     absent = [name for name, count in zip(classes, counts, strict=True) if not count]
@@ -148,8 +150,10 @@ def check_label_maps(
             f"alone; {IGNORED} stands for pixels that are ignored: write masks of 0 and {IGNORED} as 0 and 1"
         )
     if len(classes) == 1:
-        return counts, [f"{folder}: one class, so that every pixel is {classes[0]} and there is nothing to learn"]
-    return counts, [f"{folder}: no pixel of {', '.join(absent)} in {len(chosen):,} label maps"] if absent else []
+        notes.append(f"{folder}: one class, so that every pixel is {classes[0]} and there is nothing to learn")
+    elif absent:
+        notes.append(f"{folder}: no pixel of {', '.join(absent)} in {len(chosen):,} label maps")
+    return counts, notes
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

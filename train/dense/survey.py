@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from ...checkpoints import write_atomically
+from ..command import parse_options
 from ..decoding import UnreadableImage
 from ..errors import UserError
 from ..outputs import check_output_file
@@ -63,7 +64,7 @@ def is_dense(argv: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run the check; returns the exit code."""
-    arguments = tyro.cli(InspectArguments, prog="vicinal data check", args=list(argv))
+    arguments = parse_options(InspectArguments, "vicinal data check", argv)
     if arguments.json:
         check_output_file("--json", arguments.json)
     result = dict(inspect(arguments))
