@@ -15,12 +15,7 @@ SAMPLED = 2000
 THREADS = 8
 """Files that are opened at a time."""
 # Back to the frame in which the file stores an image that is shown turned by a quarter.
-_STORED = {
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
+_STORED = {5: UPRIGHT[5], 6: UPRIGHT[8], 7: UPRIGHT[7], 8: UPRIGHT[6]}
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.Image:
