@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from vicinal.__main__ import main
 from vicinal.train.dense import run
 from vicinal.train.dense.check import adapt_config, check_data
-from vicinal.train.dense.configs import prepare, read_config, set_num_classes
+from vicinal.train.dense.configs import prepare, read_config, set_data, set_num_classes
 from vicinal.train.dense.options import DenseData, DenseRun, DenseTrain
 from vicinal.train.dense.seeding import PlacingSampler, seed_images
+from vicinal.train.errors import UserError
 
 DETECT = ["shapes_mask_rcnn_nat_pico", "--threads", "1", "--batch-size", "2"]
 SEGMENT = ["shapes_semantic_fpn_nat_pico", "--threads", "1", "--batch-size", "2"]
@@ -441,6 +442,10 @@ def test_a_segmenter_loads_whatever_lies_in_its_folders(tmp_path: Path):
             assert item["inputs"][:, 0, 0].tolist() == [0, 0, 255]
             assert item["data_samples"].gt_sem_seg.data[0, 0, :4].tolist() == [0, 1, 255, 1]
     assert cfg.model.decode_head.num_classes == 2
+    # the labels of a model that was trained elsewhere must mean the same
+    set_data(cfg, "segment", DenseData(data=str(tmp_path)), ("val_dataloader",), ("sky", "sea"))
+    with pytest.raises(UserError, match="names sky, sea, and the model was trained on sea, sky"):
+        set_data(cfg, "segment", DenseData(data=str(tmp_path)), ("val_dataloader",), ("sea", "sky"))
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,8 @@ def test_downloads_are_whole_and_cached_by_their_address(server: str, tmp_path: 
         "/two/b.pth": (200, len(bodies[2]), bodies[2]),
         "/404/b.pth": (404, 0, b""),
         "/cut/b.pth": (200, size, bodies[1][:-9]),
+        # whole as a file, and less than the server meant to send
+        "/less/b.pth": (200, size + 5, bodies[1]),
         "/page/b.pth": (200, len(page), page),
         "/empty/b.pth": (200, 0, b""),
         f"/b-{hashed}.pth": (200, size, bodies[1]),
@@ -346,7 +348,7 @@ def test_downloads_are_whole_and_cached_by_their_address(server: str, tmp_path: 
     for path, value in (("/one/b.pth", 1), ("/two/b.pth", 2), (f"/b-{hashed}.pth", 1)):
         assert CheckpointLoader.load_checkpoint(server + path)["state_dict"]["w"].item() == value
     kept = sorted((tmp_path / "hub" / "checkpoints").iterdir())
-    for path in ("/404/b.pth", "/cut/b.pth", "/page/b.pth", "/empty/b.pth", "/b-deadbeef.pth"):
+    for path in ("/404/b.pth", "/cut/b.pth", "/less/b.pth", "/page/b.pth", "/empty/b.pth", "/b-deadbeef.pth"):
         with pytest.raises(ValueError, match=f"download of {server}{path} .*failed"):
             CheckpointLoader.load_checkpoint(server + path)
     assert sorted((tmp_path / "hub" / "checkpoints").iterdir()) == kept

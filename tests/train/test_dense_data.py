@@ -179,6 +179,15 @@ def test_a_file_of_another_form_is_refused(change, message: str, tmp_path: Path)
         read_coco(written(tmp_path, change))
 
 
+def test_objects_without_masks_are_refused_under_a_config_that_learns_them(tmp_path: Path):
+    from vicinal.train.dense.check import refuse_missing_masks
+
+    refuse_missing_masks(read_coco(written(tmp_path)), "mask_rcnn_litv2_small_1x")
+    coco = read_coco(written(tmp_path, first(segmentation=None)))
+    with pytest.raises(UserError, match=r"1 of 2 annotations have no segmentation .*such as retinanet_litv2_small_1x"):
+        refuse_missing_masks(coco, "mask_rcnn_litv2_small_1x")
+
+
 def test_category_names_that_are_numbers_are_text(tmp_path: Path):
     coco = read_coco(written(tmp_path, lambda content: content["categories"][0].update(name=5)))
     assert coco.classes == ("5", "dog")
@@ -343,6 +352,7 @@ def test_data_check_takes_coco_files_and_label_maps(folders: Path, tmp_path: Pat
     (tmp_path / "a.png").write_bytes(content[:-30])
     assert main(["data", "check", file, "--images", str(tmp_path)]) == 1
     assert "unreadable: 1" in capsys.readouterr().out
+    assert main(["data", "check", "--images", str(tmp_path), file]) == 1
     assert main(["data", "check", file]) == 2
     assert "give --images" in capsys.readouterr().err
     (folders / "images" / "training" / "notes.txt").unlink()

@@ -56,10 +56,16 @@ class Split:
 
 def is_dense(argv: Sequence[str]) -> bool:
     """Whether the arguments of ``vicinal data check`` are for this module: a COCO file, or a folder of such data."""
-    paths = [Path(argument) for argument in argv if not argument.startswith("-")]
-    return bool(paths) and (
-        paths[0].suffix.lower() == ".json" or bool(_coco_files(paths[0]) or _label_folders(paths[0]))
-    )
+    # the value of an option is no data, such as the file of --json
+    given = [
+        Path(word)
+        for before, word in zip(["", *argv], argv, strict=False)
+        if not before.startswith("--") or before == "--debug"
+    ]
+    paths = [path for path in given if not path.name.startswith("-")]
+    if not paths:
+        return False
+    return paths[0].suffix.lower() == ".json" or bool(_coco_files(paths[0]) or _label_folders(paths[0]))
 
 
 def main(argv: Sequence[str]) -> int:
