@@ -357,6 +357,16 @@ def test_downloads_are_whole_and_cached_by_their_address(server: str, tmp_path: 
     assert CheckpointLoader.load_checkpoint(server + "/two/b.pth")["state_dict"]["w"].item() == 2
 
 
+def test_endings_of_a_config_s_own_stay_mmsegmentations():
+    from vicinal.train.dense.check import adapt_config
+
+    cfg = read_config("segment", SEGMENT)
+    cfg.train_dataloader.dataset.seg_map_suffix = "_labels.png"
+    adapted = adapt_config(cfg, "segment")
+    assert adapted.train_dataloader.dataset.type == "ADE20KDataset"
+    assert adapted.val_dataloader.dataset.type == "PairedADE20KDataset"
+
+
 def test_one_class_is_right_where_every_pixel_is_it():
     """MMSegmentation alone calls a single channel's pixels class 1, which does not exist."""
     from dense_samples import segmentation_batch

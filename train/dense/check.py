@@ -122,7 +122,7 @@ def refuse_missing_masks(coco: CocoFile, config: str) -> None:
 
 
 def _check_segmentation_dataset(cfg: Config, loader: str, dataset: ConfigDict) -> tuple[list[str], int]:
-    if dataset.get("ann_file") or (dataset.get("metainfo") or {}).get("label_map"):
+    if not is_paired(dataset):
         return [], 0
     _, images, maps = dataset_paths(dataset, "img_path", "seg_map_path")
     is_ade = dataset.type.rpartition(".")[2] == "ADE20KDataset"
@@ -133,6 +133,12 @@ def _check_segmentation_dataset(cfg: Config, loader: str, dataset: ConfigDict) -
     is_learned = loader == "train_dataloader"
     _, notes = check_label_maps(labelled.pairs, classes, reduce, maps, is_learned)
     return labelled.notes + notes, len(labelled.pairs)
+
+
+def is_paired(dataset: ConfigDict) -> bool:
+    """Whether images and label maps have the same names; a config's list of files or endings of its own say others."""
+    endings = [dataset.get("img_suffix", ".jpg"), dataset.get("seg_map_suffix", ".png")]
+    return not dataset.get("ann_file") and all(ending.startswith(".") for ending in endings)
 
 
 def _compare_heads(cfg: Config, classes: Sequence[str], root: Path) -> None:
@@ -179,6 +185,8 @@ def _adapt_segmentation(cfg: Config) -> None:
 
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         for dataset in find_datasets(cfg[loader].dataset, SEGMENTATION_DATASETS):
+            if not is_paired(dataset):
+                continue
             dataset.type = f"Paired{dataset.type.rpartition('.')[2].removeprefix('Base')}"
             for step in find_datasets(dataset.get("pipeline", []), ("LoadAnnotations",)):
                 step.type = "LoadCheckedAnnotations"
