@@ -1,7 +1,9 @@
 """``vicinal detect`` and ``vicinal segment``: ``test`` measures a checkpoint, ``show`` draws what it predicts."""
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +11,12 @@ from typing import Annotated, Any
 import tyro
 
 from ..checkpoints import write_atomically
-from ..train.dense.options import DenseData, DenseTrain, require_packages
+from ..train.command import parse_options
+from ..train.dense.options import DenseData, require_packages
 from ..train.errors import UserError, first_line
+from ..train.outputs import check_output_file
 
-CONFIG_FILE, WEIGHTS_FILE = "config.py", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,16 @@ class DenseShow:
 def main(task: str, action: str, argv: Sequence[str]) -> int:
     """Run one of both; ``test`` prints one JSON object, ``show`` the picture's path."""
     kind = {"test": DenseTest, "show": DenseShow}[action]
-    arguments = tyro.cli(kind, prog=f"vicinal {task} {action}", args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    arguments = parse_options(kind, f"vicinal {task} {action}", argv, config=(tyro.conf.OmitArgPrefixes,))
     require_packages()
     if arguments.threads:
         import torch
 
         torch.set_num_threads(arguments.threads)
+    output = {"--output": arguments.output} if action == "show" else {"--json": arguments.json}
+    for flag, path in output.items():
+        if path is not None:
+            check_output_file(flag, path)
     if action == "show":
         print(f"picture: {show(task, arguments)}")
         return 0
@@ -80,15 +88,18 @@ def main(task: str, action: str, argv: Sequence[str]) -> int:
 
 def test(task: str, arguments: DenseTest) -> dict[str, float]:
     """The evaluator's figures of a checkpoint: average precisions from 0 to 1, or IoU in percent."""
+    from ..train.dense.check import adapt_config, check_data
+    from ..train.dense.record import registered_only
     from ..train.dense.run import build_runner, quiet_output
     from ..train.distributed import join_world, leave_world
 
-    cfg, checkpoint = find_model(task, arguments)
+    found = find_model(task, arguments)
+    say_notes(check_data(found.cfg, task, ["test_dataloader"]).notes)
     world = join_world("auto")
     try:
-        with quiet_output():
-            runner = build_runner(cfg, world)
-            load_weights(runner.model, checkpoint)
+        with quiet_output(), registered_only() if found.is_run else nullcontext():
+            runner = build_runner(adapt_config(found.cfg, task), world)
+            load_weights(runner.model, found.checkpoint)
             metrics = runner.test()
     finally:
         leave_world()
@@ -97,41 +108,71 @@ def test(task: str, arguments: DenseTest) -> dict[str, float]:
 
 def show(task: str, arguments: DenseShow) -> Path:
     """Draw the predictions of a checkpoint; returns the picture's path."""
+    from ..train.dense.check import adapt_config, check_data
+    from ..train.dense.record import registered_only
     from ..train.dense.run import build_model, quiet_output
     from .dense_pictures import draw_predictions
 
-    cfg, checkpoint = find_model(task, arguments)
-    with quiet_output():
-        model, dataset, transform = build_model(cfg)
-        load_weights(model, checkpoint)
+    for file in arguments.files:
+        if not Path(file).is_file():
+            raise UserError(f"--files {file}: no such file")
+    found = find_model(task, arguments)
+    if not arguments.files:
+        say_notes(check_data(found.cfg, task, ["val_dataloader"]).notes)
+    with quiet_output(), registered_only() if found.is_run else nullcontext():
+        model, dataset, transform = build_model(adapt_config(found.cfg, task))
+        load_weights(model, found.checkpoint)
         samples: Any = list(arguments.files) or range(min(arguments.count, len(dataset)))
-        for file in arguments.files:
-            if not Path(file).is_file():
-                raise UserError(f"--files {file}: no such file")
         packed = [dataset[s] if isinstance(s, int) else transform({"img_path": s, "img_id": 0}) for s in samples]
         predicted = [model.test_step({key: [value] for key, value in item.items()})[0] for item in packed]
     picture = draw_predictions(predicted, dataset.metainfo["classes"], arguments.score)
     return write_atomically(arguments.output, lambda path: picture.save(path, "PNG"))
 
 
-def find_model(task: str, arguments: DenseTest | DenseShow) -> tuple[Any, Path]:
-    """The config, pointed to the data, and the checkpoint of a run's folder or of a config with its weights."""
-    from ..train.dense.configs import prepare
+def say_notes(notes: Sequence[str]) -> None:
+    """On standard error, so that standard output is the result alone."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
+
+@dataclass(frozen=True)
+class FoundModel:
+    """The config, pointed to the data; the checkpoint; and whether the config was read as data from a run's folder."""
+
+    cfg: Any
+    checkpoint: Path
+    is_run: bool
+
+
+def find_model(task: str, arguments: DenseTest | DenseShow) -> FoundModel:
+    """The model of a run's folder, or of a config and its weights.
+
+    Raises:
+        UserError: neither, or data that the model's classes do not fit.
+    """
+    from ..train.dense.check import COCO_DATASETS, SEGMENTATION_DATASETS, dataset_classes, find_datasets
+    from ..train.dense.configs import MEASURING, read_config, set_data
+    from ..train.dense.record import read_record
+    from ..zoo.mmlab.weights import guard
+
+    guard()
     run = Path(arguments.run)
     is_run = run.is_dir()
-    if is_run and not (run / CONFIG_FILE).is_file():
-        raise UserError(f"{run} has no {CONFIG_FILE}: give the folder of a run, or a config and --checkpoint")
     checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else run / WEIGHTS_FILE
     if not is_run and not arguments.checkpoint:
         raise UserError(f"{run} is a config: give its weights by --checkpoint")
-    config = str(run / CONFIG_FILE) if is_run else arguments.run
-    cfg = prepare(task, DenseTrain(config=config, data=arguments.data))
+    cfg = read_record(run) if is_run else read_config(task, arguments.run)
+    classes = None
     if is_run:
-        cfg.work_dir = str(run / "test")
-    # the checkpoint holds all weights
+        kinds = COCO_DATASETS if task == "detect" else SEGMENTATION_DATASETS
+        trained_on = next(find_datasets(cfg.train_dataloader.dataset, kinds), None)
+        classes = None if trained_on is None else dataset_classes(trained_on)
+    set_data(cfg, task, arguments.data, MEASURING, classes)
+    cfg.work_dir = str(run / "test") if is_run else f"runs/{run.stem}"
+    # the checkpoint holds all weights, and MMEngine would load others over them
     cfg.model.backbone.pretrained = False
-    return cfg, checkpoint
+    cfg.load_from, cfg.resume = None, False
+    return FoundModel(cfg, checkpoint, is_run)
 
 
 def load_weights(model: Any, checkpoint: Path) -> None:

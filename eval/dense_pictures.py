@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ..train.dense.images import read_image
+
 # shortest side of a panel in pixels: small images are enlarged so that labels can be read
 PANEL = 320
 GAP = 8
@@ -27,7 +29,8 @@ def draw_predictions(samples: Sequence[Any], classes: Sequence[str], score: floa
 
 
 def _draw_row(sample: Any, classes: Sequence[str], score: float) -> list[Image.Image]:
-    image = torch.from_numpy(np.array(Image.open(sample.img_path).convert("RGB"))).permute(2, 0, 1)
+    # in the frame of the prediction, which an annotation may have chosen
+    image = torch.from_numpy(np.array(read_image(sample.img_path, sample.ori_shape[1::-1]))).permute(2, 0, 1)
     scale = max(1.0, PANEL / min(image.shape[1:]))
     image = _resize(image, scale, "bilinear")
     if "pred_sem_seg" in sample:

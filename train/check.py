@@ -14,6 +14,7 @@ from ..checkpoints import write_atomically
 from .config import DataConfig
 from .decode import WHITE
 from .decoding import UnreadableImage
+from .dense import survey
 from .errors import UserError
 from .images import Images, open_images
 from .streams import StreamImages
@@ -50,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     if command != "check":
         print(USAGE)
         return 0 if command in ("-h", "--help") else 2
+    if survey.is_dense(rest):
+        return survey.main(rest)
     arguments = tyro.cli(CheckArguments, prog="vicinal data check", args=rest)
     notes: list[str] = []
     config = DataConfig(name=arguments.data, data_dir=arguments.data_dir, num_classes=arguments.num_classes)

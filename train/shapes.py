@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from ..checkpoints import write_atomically
 from .errors import UserError
+from .outputs import check_output_folder
 
 CLASSES = ("rectangle", "circle", "triangle")
 FOLDERS = {"train": "training", "val": "validation"}
@@ -67,9 +68,9 @@ def write_scenes(config: ShapesConfig) -> Path:
     """Write both splits; returns the folder.
 
     Raises:
-        UserError: a folder that is not empty.
+        UserError: a folder that is not empty, or cannot be written.
     """
-    root = Path(config.output)
+    root = check_output_folder("OUTPUT", config.output)
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root} is not empty: give a new folder, or remove it")
     for number, (split, count) in enumerate((("train", config.train_images), ("val", config.val_images))):

@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 from safetensors.torch import load_file
 
 from vicinal.__main__ import main
-from vicinal.train.dense.configs import prepare, read_config, set_num_classes
+from vicinal.train.dense import run
+from vicinal.train.dense.check import adapt_config, check_data
+from vicinal.train.dense.configs import prepare, read_config, set_data, set_num_classes
 from vicinal.train.dense.options import DenseData, DenseRun, DenseTrain
 from vicinal.train.dense.seeding import PlacingSampler, seed_images
+from vicinal.train.errors import UserError
 
 DETECT = ["shapes_mask_rcnn_nat_pico", "--threads", "1", "--batch-size", "2"]
 SEGMENT = ["shapes_semantic_fpn_nat_pico", "--threads", "1", "--batch-size", "2"]
@@ -288,6 +291,207 @@ def test_what_cannot_be_used_is_said_in_one_line(arguments: list, message: str, 
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(message, error), error
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> list[Runner]:
+    """MMEngine's runners of the commands that follow."""
+    built: list[Runner] = []
+    build = run.build_runner
+    monkeypatch.setattr(run, "build_runner", lambda *arguments: built.append(build(*arguments)) or built[-1])
+    return built
+
+
+def weights_of(runner: Runner) -> dict[str, torch.Tensor]:
+    return runner.model.state_dict()
+
+
+@pytest.mark.parametrize("left_behind", ["load_from='{run}/iter_2.pth'", "load_from='/gone/iter_2.pth'\nresume=True"])
+def test_test_measures_the_weights_of_the_run(
+    left_behind: str, detector: Path, tmp_path: Path, runners: list, capsys: pytest.CaptureFixture
+):
+    """And not those that the run started from, which its config may name."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((detector / "model.safetensors").read_bytes())
+    lines = (detector / "config.py").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith(("load_from", "resume"))]
+    (folder / "config.py").write_text("\n".join([*lines, left_behind.format(run=detector)]))
+    assert main(["detect", "test", str(folder), "--threads", "1"]) == 0
+    wanted, measured = load_file(folder / "model.safetensors"), weights_of(runners[0])
+    assert [key for key in wanted if not torch.equal(wanted[key], measured[key].cpu())] == []
+
+
+def test_a_run_s_folder_runs_no_code(detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((detector / "model.safetensors").read_bytes())
+    text = (detector / "config.py").read_text()
+    for extra in (
+        f"open({str(tmp_path / 'mark')!r}, 'w')",
+        f"x = dict(type='os.mkdir', path={str(tmp_path / 'mark')!r})",
+    ):
+        (folder / "config.py").write_text(f"{text}\n{extra}\n")
+        for action in ("test", "show"):
+            assert main(["detect", action, str(folder)]) == 2
+            assert capsys.readouterr().err.startswith(f"error: {folder}/config.py")
+    assert not (tmp_path / "mark").exists()
+
+
+def reversed_categories(file: Path, target: Path) -> str:
+    content = json.loads(file.read_text())
+    content["categories"].reverse()
+    target.write_text(json.dumps(content))
+    return str(target)
+
+
+def test_a_file_with_its_categories_in_another_order_is_measured_by_their_names(
+    detector: Path, scenes: Path, tmp_path: Path, runners: list
+):
+    other = reversed_categories(scenes / "val.json", tmp_path / "val.json")
+    assert main(["detect", "test", str(detector), "--val", other, "--images", f"{scenes}/images"]) == 0
+    dataset = runners[0].test_dataloader.dataset
+    content = json.loads((scenes / "val.json").read_text())
+    assert dataset.metainfo["classes"] == ("rectangle", "circle", "triangle")
+    for place, image in enumerate(content["images"]):
+        labels = [entry["category_id"] - 1 for entry in content["annotations"] if entry["image_id"] == image["id"]]
+        assert [instance["bbox_label"] for instance in dataset.get_data_info(place)["instances"]] == labels
+    # the annotations as predictions of the classes' numbers: nothing to improve
+    assert perfect_precision(runners[0].test_evaluator.metrics[0], content) == 1.0
+
+
+def perfect_precision(metric, content: dict) -> float:
+    for image in content["images"]:
+        entries = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
+        boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([entry["category_id"] - 1 for entry in entries])
+        found = {"bboxes": boxes, "scores": torch.full((len(boxes),), 0.9), "labels": labels}
+        metric.process({}, [{"img_id": image["id"], "ori_shape": (64, 64), "pred_instances": found}])
+    metric.metrics = ["bbox"]
+    return metric.compute_metrics(metric.results)["bbox_mAP"]
+
+
+def test_a_measure_without_a_class_or_a_detection_is_one_nevertheless(scenes: Path, tmp_path: Path):
+    from vicinal.train.dense.boxes import CheckedCocoMetric
+
+    content = json.loads((scenes / "val.json").read_text())
+    first = content["annotations"][0]["category_id"]
+    content["categories"] = [entry for entry in content["categories"] if entry["id"] == first]
+    content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] == first]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    for is_empty, expected in ((False, 1.0), (True, 0.0)):
+        metric = CheckedCocoMetric(str(tmp_path / "val.json"), ("rectangle", "circle", "triangle"))
+        metric.dataset_meta = {"classes": ("rectangle", "circle", "triangle")}
+        seen = {**content, "annotations": []} if is_empty else content
+        assert perfect_precision(metric, seen) == expected
+
+
+def test_resumption_with_another_order_of_categories_equals_the_run(
+    detector: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    files = [reversed_categories(scenes / f"{split}.json", tmp_path / f"{split}.json") for split in ("train", "val")]
+    data = ["--train", files[0], "--val", files[1], "--images", f"{scenes}/images"]
+    arguments = [*DETECT, *data, "--iterations", "4", "--output", str(tmp_path / "run")]
+    assert main(["detect", "train", *arguments, "--resume", str(detector / "iter_2.pth")]) == 0
+    assert "classes in the order of" in capsys.readouterr().out
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (detector, tmp_path / "run"))
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    content = json.loads(Path(files[0]).read_text())
+    content["categories"].append({"id": 9, "name": "star"})
+    Path(files[0]).write_text(json.dumps(content))
+    arguments[-1] = str(tmp_path / "more")
+    assert main(["detect", "train", *arguments, "--resume", str(detector / "iter_2.pth")]) == 2
+    assert "trained on the classes rectangle, circle, triangle; the data has" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+
+def test_show_draws_a_turned_photo_as_it_is_seen(detector: Path, tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 64), (0, 0, 255)).save(tmp_path / "photo.jpg", exif=exif)
+    arguments = ["--files", str(tmp_path / "photo.jpg"), "--output", str(tmp_path / "picture.png"), "--score", "1"]
+    assert main(["detect", "show", str(detector), *arguments]) == 0
+    # 64 wide and 96 high, enlarged by five, and the gaps
+    assert Image.open(tmp_path / "picture.png").size == (320 + 16, 480 + 16)
+
+
+def test_a_segmenter_loads_whatever_lies_in_its_folders(tmp_path: Path):
+    """Two formats, a label map of 16 bits, and a hidden file, through the loaders that a run has."""
+    for split, names in (("training", ("a.webp", "b.png")), ("validation", ("c.bmp",))):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            (tmp_path / kind / split / ".DS_Store").write_bytes(b"x")
+        for name in names:
+            Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "images" / split / name, lossless=True)
+            labels = Image.fromarray(np.tile(np.uint16([0, 1, 255, 1]), (64, 16)))
+            labels.save((tmp_path / "annotations" / split / name).with_suffix(".png"))
+    (tmp_path / "classes.txt").write_text("sky\nsea\n")
+    cfg = prepare("segment", DenseTrain(SEGMENT[0], DenseData(data=str(tmp_path))))
+    assert check_data(cfg, "segment", ("train_dataloader", "val_dataloader")).images == {
+        "train_dataloader": 2,
+        "val_dataloader": 1,
+    }
+    init_default_scope("mmseg")
+    cfg.train_dataloader.dataset.pipeline = cfg.val_dataloader.dataset.pipeline
+    cfg = adapt_config(cfg, "segment")
+    for loader, count in (("train_dataloader", 2), ("val_dataloader", 1)):
+        dataset = DATASETS.build(cfg[loader].dataset)
+        assert len(dataset) == count
+        for item in dataset:
+            assert item["inputs"][:, 0, 0].tolist() == [0, 0, 255]
+            assert item["data_samples"].gt_sem_seg.data[0, 0, :4].tolist() == [0, 1, 255, 1]
+    assert cfg.model.decode_head.num_classes == 2
+    # the labels of a model that was trained elsewhere must mean the same
+    set_data(cfg, "segment", DenseData(data=str(tmp_path)), ("val_dataloader",), ("sky", "sea"))
+    with pytest.raises(UserError, match="names sky, sea, and the model was trained on sea, sky"):
+        set_data(cfg, "segment", DenseData(data=str(tmp_path)), ("val_dataloader",), ("sea", "sky"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "file/run"], "--output file/run: .*file is a file"),
+        (["--output", "file"], "--output file: is a file"),
+        (["--set", "model.test_cfg.rcnn.scor_thr=0.1"], "did you mean score_thr"),
+        (["--set", "load_from=/no/such.pth"], "load_from: no checkpoint at '/no/such.pth'"),
+        (["--backbone", "nat_pico", "--backbone-weights", "/no/such/file.pth"], "no weights at '/no/such/file.pth'"),
+        (["--resume", "/no/such.pth"], "no checkpoint at '/no/such.pth'"),
+        (["--lr", "-1"], "--lr -1.0"),
+        (["--workers", "-1"], "--workers -1"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--iterations", "20", "--set", "param_scheduler.0.end=20"], "a warm-up of 20 iterations in a run of 20"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing(arguments: list, message: str, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    output = [] if "--output" in arguments else ["--output", "run"]
+    assert main(["detect", "train", *DETECT, *own_coco(scenes), *output, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shapes", "file/scenes"], "file is a file"),
+        (["shapes", "file"], "file: is a file"),
+        (["detect", "test", "RUN", "--json", "file/x.json"], "--json file/x.json: .*file is a file"),
+        (["detect", "show", "RUN", "--output", "file/x.png"], "--output file/x.png: .*file is a file"),
+        (["detect", "test", "RUN", "--data", "."], "COCO files of its own"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(
+    arguments: list, message: str, detector, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main([str(detector) if argument == "RUN" else argument for argument in arguments]) == 2
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -89,6 +89,41 @@ def test_output_norms_are_one_for_each_map_that_has_one():
         torch.testing.assert_close(x, nn.functional.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2]).permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("indices", [(1, 2, 3), (3, 1)])
+def test_norms_of_a_checkpoint_go_to_the_maps_of_their_stages(indices: tuple):
+    """The authors' norm2 is that of stage 2, which is the second map of three."""
+    source = VicinalBackbone("nat_pico", output_norm="layer")
+    official = {f"backbone.{key}": value for key, value in source.model.state_dict().items()}
+    for stage, width in enumerate(source.channels):
+        official |= {f"backbone.norm{stage}.{part}": torch.rand(width) for part in ("weight", "bias")}
+    model = nn.Module()
+    model.backbone = VicinalBackbone("nat_pico", out_indices=indices, output_norm="layer")
+    wanted = {key: value for key, value in official.items() if ".norm0." not in key}
+    wanted = {
+        key: value
+        for key, value in wanted.items()
+        if "norm" not in key.split(".")[1] or int(key.split(".")[1][4]) in indices
+    }
+    converted = convert_detector(model, wanted)
+    assert set(converted) == set(model.state_dict())
+    for place, stage in enumerate(indices):
+        for part in ("weight", "bias"):
+            assert torch.equal(
+                converted[f"backbone.output_norms.{place}.{part}"], official[f"backbone.norm{stage}.{part}"]
+            )
+
+
+def test_images_are_padded_at_the_right_and_the_bottom():
+    """A map of a padded image is that of the image with zeros after its last rows and columns, cut to size."""
+    padded, plain = VicinalBackbone("resnet10t", input_multiple=64).eval(), VicinalBackbone("resnet10t").eval()
+    plain.load_state_dict(padded.state_dict())
+    image = torch.randn(1, 3, 75, 110)
+    whole = torch.zeros(1, 3, 128, 128)
+    whole[:, :, :75, :110] = image
+    for x, y, stride in zip(padded(image), plain(whole), padded.reductions, strict=True):
+        assert torch.equal(x, y[:, :, : -(-75 // stride), : -(-110 // stride)])
+
+
 @pytest.mark.parametrize("model", ["nat_pico", "resnet10t"])
 def test_frozen_stages_neither_learn_nor_drop_paths(model: str):
     backbone = VicinalBackbone(model, frozen_stages=2, drop_path_rate=0.5).train()
@@ -282,6 +317,34 @@ def test_the_extended_fpn_reaches_the_strides_of_detectors(options: dict, stride
     assert [tuple(x.shape) for x in maps] == [(1, 6, -(-256 // s), -(-384 // s)) for s in strides]
     with pytest.raises(ValueError, match="num_outs=3"):
         ExtendedFPN([8, 12, 16], 6, num_outs=3, num_finer=1)
+
+
+@pytest.mark.parametrize(("extra", "mmdets"), [("pool", False), ("conv", "on_input")])
+def test_the_extended_fpn_without_finer_maps_is_mmdets(extra: str, mmdets):
+    from mmdet.models.necks import FPN
+
+    ours = ExtendedFPN([8, 12, 16], 6, num_outs=5, extra_levels=extra)
+    theirs = FPN([8, 12, 16], 6, 5, add_extra_convs=mmdets)
+    with torch.no_grad():
+        for source, target in zip(ours.lateral_convs, theirs.lateral_convs, strict=True):
+            target.conv.load_state_dict(source.state_dict())
+        for source, target in zip((*ours.output_convs, *ours.coarser_convs), theirs.fpn_convs, strict=True):
+            target.conv.load_state_dict(source.state_dict())
+    # odd sizes: the path down must end at the size of the finer map
+    maps = [torch.randn(2, 8, 15, 21), torch.randn(2, 12, 8, 11), torch.randn(2, 16, 4, 6)]
+    for x, y in zip(ours(maps), theirs(maps), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_the_extended_fpn_goes_to_finer_maps_from_the_sum_of_the_coarser_ones():
+    neck = ExtendedFPN([8, 12], 6, num_outs=4, num_finer=2)
+    maps = [torch.randn(2, 8, 4, 6), torch.randn(2, 12, 2, 3)]
+    lateral = [conv(x) for conv, x in zip(neck.lateral_convs, maps, strict=True)]
+    summed = lateral[0] + lateral[1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    finer = neck.finer_convs[0](summed)
+    expected = [neck.finer_convs[1](finer), finer, summed, lateral[1]]
+    for x, y, conv in zip(neck(maps), expected, neck.output_convs, strict=True):
+        torch.testing.assert_close(x, conv(y))
 
 
 def test_a_pyramid_is_made_from_maps_of_one_stride():

@@ -70,6 +70,32 @@ def test_soft_nms_decays_by_the_definition(device: str, method: str, generator: 
     torch.testing.assert_close(found[:, 4].cpu(), torch.tensor([score for _, score in expected]), **FLOAT32)
 
 
+@pytest.mark.parametrize("method", ["naive", "linear"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_soft_nms_at_exactly_the_threshold_and_with_an_offset(device: str, method: str, offset: int):
+    """Boxes of 4, 2 and 1 columns, whose last pixels an offset of 1 counts: IoU 1/2, 1/4 and 1/2."""
+    high = 4 - offset
+    boxes = torch.tensor(
+        [[0.0, 0, 4 - offset, high], [0, 0, 2 - offset, high], [0, 0, 1 - offset, high]], device=device
+    )
+    scores = torch.tensor([0.9, 0.8, 0.7], device=device)
+    found, kept = ops.soft_nms(boxes, scores, 0.5, min_score=0.01, method=method, offset=offset)
+    # at the threshold a score is decayed: the first halves that of the second, and the third halves it once more
+    expected = {"naive": [(0, 0.9), (2, 0.7)], "linear": [(0, 0.9), (2, 0.7), (1, 0.8 * 0.5 * 0.5)]}
+    assert kept.tolist() == [index for index, _ in expected[method]]
+    torch.testing.assert_close(found[:, 4].cpu(), torch.tensor([score for _, score in expected[method]]), **FLOAT32)
+    # the boxes come back as they were given, whatever is counted
+    assert torch.equal(found[:, :4], boxes[kept])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_nms_keeps_a_box_at_exactly_the_threshold(device: str, offset: int):
+    boxes = torch.tensor([[0.0, 0, 4 - offset, 4 - offset], [0, 0, 2 - offset, 4 - offset]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    for threshold, kept in ((0.5, [0, 1]), (0.49, [0])):
+        assert ops.nms(boxes, scores, threshold, offset=offset)[1].tolist() == kept
+
+
 def test_roi_align_of_a_ramp_is_the_ramp_at_the_bins(device: str):
     # bilinear interpolation is exact on a linear function, and so is the mean over a symmetric bin
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(30.0), indexing="ij")
@@ -154,6 +180,38 @@ def test_modulated_deform_conv_scales_by_its_mask(device: str, generator: torch.
     out = ops.modulated_deform_conv2d(maps, offset, mask, weight, bias, 1, 1)
     expected = F.conv2d(maps, 0.25 * weight, bias, padding=1)
     torch.testing.assert_close(out, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 1)},
+        {"stride": (1, 3), "padding": (0, 2), "dilation": (1, 1)},
+        {"stride": (1, 1), "padding": (2, 0), "dilation": (1, 2)},
+        {"stride": (2, 1), "padding": (0, 3), "dilation": (3, 1)},
+    ],
+)
+def test_deform_convs_without_offsets_are_convolutions(
+    device: str, modulated: bool, geometry: dict, generator: torch.Generator
+):
+    maps = torch.rand(2, 4, 12, 13, generator=generator).to(device).requires_grad_()
+    weight = torch.rand(6, 4, 3, 2, generator=generator).to(device).requires_grad_()
+    expected = F.conv2d(maps, weight, **geometry)
+    offset = torch.zeros(2, 12, *expected.shape[2:], device=device)
+    options = (geometry["stride"], geometry["padding"], geometry["dilation"])
+    if modulated:
+        # one bias for each channel, so that an order of arguments shows
+        bias = torch.arange(6.0, device=device)
+        expected = expected + bias[:, None, None]
+        out = ops.modulated_deform_conv2d(maps, offset, torch.ones_like(offset[:, :6]), weight, bias, *options)
+    else:
+        out = ops.deform_conv2d(maps, offset, weight, *options)
+    torch.testing.assert_close(out, expected, **FLOAT32)
+    grad = torch.rand(out.shape, generator=generator).to(device)
+    for found, wanted in zip(*[torch.autograd.grad(x, (maps, weight), grad) for x in (out, expected)], strict=True):
+        # sums of a few hundred float32 products below 1
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_deform_convs_have_the_gradients_of_their_differences(device: str, generator: torch.Generator):

@@ -1,8 +1,8 @@
 """Configs: found by name, and changed by the command's options."""
 
+import dataclasses
 import inspect
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,17 @@ from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 
 from ...zoo.mmlab.backbone import VicinalBackbone
 from ..errors import UserError, first_line, nearest
+from .coco import read_categories
+from .entries import set_entries
+from .labels import pair_files, read_class_names
 from .options import DenseData, DenseModel, DenseRun, DenseTrain
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDERS = {"detect": "detection", "segment": "segmentation"}
 SCHEDULE_COUNTERS = ("begin", "end", "T_max")
+LENGTHS = {"iterations": "max_iters", "epochs": "max_epochs"}
+TRAINING, MEASURING = ("train_dataloader",), ("val_dataloader", "test_dataloader")
+NEEDED = ("model", *TRAINING, *MEASURING, "val_evaluator", "test_evaluator", "train_cfg", "optim_wrapper")
 
 
 def prepare(task: str, options: DenseTrain) -> Config:
@@ -27,7 +33,7 @@ def prepare(task: str, options: DenseTrain) -> Config:
         UserError: a config, file or model that does not exist, or an option that the config has no place for.
     """
     cfg = read_config(task, options.config)
-    set_data(cfg, task, options.data)
+    set_data(cfg, task, options.data, TRAINING + MEASURING)
     set_model(cfg, options.model)
     set_run(cfg, options.run)
     name = Path(options.config).stem
@@ -44,43 +50,64 @@ def read_config(task: str, name: str) -> Config:
         known = sorted(path.stem for path in folder.glob("*.py"))
         raise UserError(f"config {name}: no such file; {nearest(stem, known) or 'names: ' + ', '.join(known)}")
     try:
-        return Config.fromfile(str(path))
-    except (SyntaxError, KeyError, OSError, TypeError) as error:
+        cfg = Config.fromfile(str(path))
+    # A config is a program, and may fail in every way that one can.
+    except Exception as error:
         raise UserError(f"config {path}: {type(error).__name__}: {first_line(error)}") from error
+    missing = [key for key in NEEDED if cfg.get(key) is None]
+    if missing:
+        raise UserError(f"config {path}: it has no {', '.join(missing)}, which a config of {FOLDERS[task]} needs")
+    return cfg
 
 
-def set_data(cfg: Config, task: str, data: DenseData) -> None:
-    """Point the config's loaders and evaluators to the data, and the heads to its classes."""
-    if task == "detect" and data.train:
-        set_own_coco(cfg, data)
+def set_data(
+    cfg: Config, task: str, data: DenseData, loaders: Sequence[str], classes: Sequence[str] | None = None
+) -> None:
+    """Point the config's loaders and evaluators to the data, and the heads to its classes.
+
+    Args:
+        loaders: those of the config that are wanted.
+        classes: of a model that is trained already; not given: the data's.
+    """
+    if task == "detect" and data.val:
+        set_own_coco(cfg, data, loaders, classes)
     elif task == "detect" and data.data:
-        set_coco(cfg, Path(data.data))
+        set_coco(cfg, Path(data.data), loaders)
     elif data.data:
-        set_segmentation_folder(cfg, Path(data.data))
-    elif data.train:
+        set_segmentation_folder(cfg, Path(data.data), loaders, classes)
+    elif data.val:
         raise UserError("--train, --val and --images are COCO files for vicinal detect; segment takes --data FOLDER")
 
 
-def set_coco(cfg: Config, root: Path) -> None:
+def set_coco(cfg: Config, root: Path, loaders: Sequence[str]) -> None:
     """COCO 2017 as it is distributed."""
-    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+    for loader in loaders:
         dataset = cfg[loader].dataset
+        if Path(dataset.ann_file).is_absolute():
+            raise UserError(
+                f"--data {root} is for COCO's own layout, and the run has COCO files of its own, such as "
+                f"{dataset.ann_file}: give others by --val and --images"
+            )
         _require_file(root / dataset.ann_file, "--data")
         dataset.data_root = str(root)
     for evaluator in ("val_evaluator", "test_evaluator"):
         cfg[evaluator].ann_file = str(root / cfg.val_dataloader.dataset.ann_file)
 
 
-def set_own_coco(cfg: Config, data: DenseData) -> None:
+def set_own_coco(cfg: Config, data: DenseData, loaders: Sequence[str], classes: Sequence[str] | None) -> None:
     """COCO files of the user's own, with their own classes."""
     if not Path(data.images).is_dir():
         raise UserError(f"--images {data.images}: no such folder")
-    files = {"train_dataloader": data.train, "val_dataloader": data.val, "test_dataloader": data.val}
-    names = read_categories(data.train)
-    missing = set(read_categories(data.val)) - set(names)
-    if missing:
-        raise UserError(f"--val {data.val} has categories that --train lacks: {', '.join(sorted(missing))}")
-    for loader, file in files.items():
+    if classes is None and data.train is None:
+        raise UserError("--val needs --train beside it here: its categories are the classes, in its order")
+    names = read_categories(data.train) if classes is None else tuple(classes)
+    for flag, file in (("--train", data.train), ("--val", data.val)):
+        surplus = sorted(set(read_categories(file)) - set(names)) if file else []
+        if surplus:
+            owner = "--train lacks" if classes is None else f"the model was not trained on ({', '.join(names)})"
+            raise UserError(f"{flag} {file} has categories that {owner}: {', '.join(surplus)}")
+    for loader in loaders:
+        file = data.train if loader in TRAINING else data.val
         cfg[loader].dataset.update(
             data_root="",
             ann_file=str(Path(file).resolve()),
@@ -92,29 +119,21 @@ def set_own_coco(cfg: Config, data: DenseData) -> None:
     set_num_classes(cfg.model, len(names))
 
 
-def read_categories(path: str) -> tuple[str, ...]:
-    """Names of the categories of a COCO file, in its order."""
-    _require_file(Path(path), "COCO file")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return tuple(category["name"] for category in content["categories"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a COCO file with categories: {first_line(error)}") from error
-
-
-def set_segmentation_folder(cfg: Config, root: Path) -> None:
+def set_segmentation_folder(cfg: Config, root: Path, loaders: Sequence[str], classes: Sequence[str] | None) -> None:
     """Images and label maps in ADE20K's folders; classes.txt names the labels 0, 1... of other data."""
     listing = root / "classes.txt"
-    names = tuple(listing.read_text(encoding="utf-8").split("\n")) if listing.is_file() else ()
-    names = tuple(name.strip() for name in names if name.strip())
-    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+    names = read_class_names(listing) if listing.is_file() else ()
+    if names and classes is not None and tuple(classes) != names:
+        raise UserError(
+            f"{listing} names {', '.join(names)}, and the model was trained on {', '.join(classes)}: a label must mean "
+            "the same class in both"
+        )
+    for loader in loaders:
         dataset = cfg[loader].dataset
         dataset.data_root = str(root)
-        images = root / dataset.data_prefix.img_path
-        first = next((path for path in sorted(images.glob("*")) if path.is_file()), None)
-        if first is None:
-            raise UserError(f"--data {root}: no images in {images}; expected ADE20K's folders")
-        dataset.img_suffix = first.suffix
+        prefix = dataset.data_prefix
+        image, labels = pair_files(root / prefix.img_path, root / prefix.seg_map_path, f"--data {root}: ").pairs[0]
+        dataset.update(img_suffix=image.suffix, seg_map_suffix=labels.suffix)
         if names:
             dataset.update(type="BaseSegDataset", metainfo={"classes": names}, reduce_zero_label=False)
             for step in dataset.pipeline:
@@ -136,14 +155,17 @@ def set_num_classes(model: ConfigDict, count: int) -> None:
 
 def set_model(cfg: Config, options: DenseModel) -> None:
     """Change the backbone's model, options and weights."""
-    backbone = cfg.model.backbone
     if options.backbone:
         set_backbone(cfg, options.backbone, **options.backbone_kwargs)
-    else:
-        backbone.update(options.backbone_kwargs)
+    elif options.backbone_kwargs:
+        before = describe_backbone(cfg.model.backbone)
+        cfg.model.backbone.update(options.backbone_kwargs)
+        after = describe_backbone(cfg.model.backbone, "--backbone-kwargs")
+        if before["channels"] != after["channels"]:
+            set_channels(cfg.model, after["channels"])
     weights = options.backbone_weights
     if weights is not None:
-        backbone.pretrained = {"none": False, "released": True}.get(weights, weights)
+        cfg.model.backbone.pretrained = {"none": False, "released": True}.get(weights, weights)
 
 
 def set_backbone(cfg: Config, name: str, **options: Any) -> None:
@@ -177,18 +199,19 @@ def _model_options(backbone: dict) -> list[str]:
     return [key for key in backbone if key not in adapter]
 
 
-def describe_backbone(backbone: dict) -> dict[str, list[int]]:
+def describe_backbone(backbone: dict, flag: str = "--backbone") -> dict[str, list[int]]:
     """Channels and reductions of a backbone's maps, without making its weights."""
-    name = backbone["model"]
-    if not is_model(name):
-        hint = nearest(name, timm.list_models())
-        raise UserError(f"--backbone {name}: no such model; {hint or 'vicinal models lists ours'}")
+    name = backbone.get("model")
+    if not isinstance(name, str) or not is_model(name):
+        hint = nearest(str(name), timm.list_models())
+        raise UserError(f"{flag} {name}: no such model; {hint or 'vicinal models lists ours'}")
     options = {key: value for key, value in backbone.items() if key not in ("type", "pretrained")}
     try:
         with torch.device("meta"):
             built = VicinalBackbone(**options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--backbone {name} ({model_entrypoint(name).__module__}): {first_line(error)}") from error
+    # An option of a wrong kind may fail anywhere in the model.
+    except Exception as error:
+        raise UserError(f"{flag} {name} ({model_entrypoint(name).__module__}): {first_line(error)}") from error
     return {"channels": built.channels, "reductions": built.reductions}
 
 
@@ -208,6 +231,7 @@ def set_channels(model: ConfigDict, channels: list[int]) -> None:
 
 def set_run(cfg: Config, run: DenseRun) -> None:
     """Length, batch, precision, seed and the rest of the run."""
+    run = _length_from_entries(run)
     set_length(cfg, run)
     loader = cfg.train_dataloader
     if run.batch_size is not None:
@@ -222,7 +246,20 @@ def set_run(cfg: Config, run: DenseRun) -> None:
     if run.sync_bn:
         cfg.model.backbone.sync_bn = True
     cfg.randomness = {"seed": run.seed}
-    cfg.merge_from_dict(run.set)
+    set_entries(cfg, run.set)
+
+
+def _length_from_entries(run: DenseRun) -> DenseRun:
+    """``--set train_cfg.max_iters=N`` is ``--iterations N``: schedules are scaled to it too."""
+    for flag, key in LENGTHS.items():
+        value = run.set.get(f"train_cfg.{key}")
+        if value is None:
+            continue
+        if not isinstance(value, int) or getattr(run, flag) not in (None, value):
+            raise UserError(f"--set train_cfg.{key}={value}: use --{flag} alone, with a whole number")
+        rest = {name: entry for name, entry in run.set.items() if name != f"train_cfg.{key}"}
+        run = dataclasses.replace(run, set=rest, **{flag: value})
+    return run
 
 
 def set_precision(cfg: Config, precision: str) -> None:
@@ -238,7 +275,8 @@ def set_precision(cfg: Config, precision: str) -> None:
 def set_length(cfg: Config, run: DenseRun) -> None:
     """Another number of iterations or epochs; what schedules count in the same unit is scaled."""
     by_epoch = "max_epochs" in cfg.train_cfg
-    key, flag, other = ("max_epochs", "epochs", "iterations") if by_epoch else ("max_iters", "iterations", "epochs")
+    flag, other = ("epochs", "iterations") if by_epoch else ("iterations", "epochs")
+    key = LENGTHS[flag]
     if getattr(run, other) is not None:
         raise UserError(f"--{other}: the config counts {flag}; use --{flag}")
     length = getattr(run, flag)

@@ -1,5 +1,6 @@
 """What a run does besides MMEngine's own: seeding by counters, and a line on the terminal now and then."""
 
+from collections.abc import Callable
 from typing import Any
 
 from mmengine.dist import get_rank, master_only
@@ -9,6 +10,24 @@ from mmengine.runner import Runner
 from ..randomness import seed_all, stream_seed
 
 _FIGURES = ("mAP", "mAP_50", "mIoU", "mAcc", "aAcc")
+
+
+class Begin(Hook):
+    """Calls a function once all is built and the weights are drawn, before the first iteration.
+
+    Args:
+        begin: the function.
+
+    Attributes:
+        is_done: whether it was called.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin, self.is_done = begin, False
+
+    def before_run(self, runner: Runner) -> None:
+        self.begin()
+        self.is_done = True
 
 
 class CountedSeeds(Hook):

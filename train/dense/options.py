@@ -1,5 +1,6 @@
 """Options of ``vicinal detect`` and ``vicinal segment``; the string below a field is its ``--help`` text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..command import parse_options
 from ..config import Options
 from ..errors import UserError
 
@@ -28,7 +30,7 @@ class DenseData:
 
     def __post_init__(self):
         own = [self.train, self.val, self.images]
-        if any(own) and not all(own):
+        if any(own) and not (self.val and self.images):
             raise UserError("--train, --val and --images belong together: two COCO files and the images' folder")
         if self.data and any(own):
             raise UserError("--data is for COCO's own layout; leave it out beside --train, --val and --images")
@@ -76,10 +78,14 @@ class DenseRun:
     """Any other entry of the config by its path, such as model.test_cfg.rcnn.score_thr=0.1."""
 
     def __post_init__(self):
-        for name in ("iterations", "epochs", "batch_size"):
+        for name, least in (("iterations", 1), ("epochs", 1), ("batch_size", 1), ("workers", 0), ("threads", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must lie between 0 and 2**32 - 1")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UserError(f"--lr {self.lr}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class DenseTrain:
 def train_command(task: str, argv: Sequence[str]) -> int:
     """``vicinal detect train`` and ``vicinal segment train``; returns the exit code."""
     prog = f"vicinal {task} train"
-    options = tyro.cli(DenseTrain, prog=prog, args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    options = parse_options(DenseTrain, prog, argv, config=(tyro.conf.OmitArgPrefixes,))
     require_packages()
     from .run import train
 

@@ -4,7 +4,12 @@ MMEngine falls back to full unpickling when the safe way fails, and the file dec
 :func:`guard` its loading goes through :func:`read_checkpoint`, which refuses such a file.
 """
 
+import hashlib
+import http.client
 import pickle
+import re
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,10 @@ from ...checkpoints.files import unwrap
 from .backbone import VicinalBackbone, convert_backbone
 
 ATOMIC_BACKEND = "vicinal_atomic"
+TIMEOUT = 60.0
+"""Seconds without a byte after which a download has failed."""
+# Published checkpoints end in eight digits of their SHA-256; eight decimal ones are more likely a date.
+_HASH_IN_NAME = re.compile(r"-((?=[0-9a-f]*[a-f])[0-9a-f]{8,})\.\w+$")
 # What a checkpoint of MMEngine's runner holds besides tensors: logged numbers.
 _SCALAR_DTYPES = (np.float32, np.float64, np.int32, np.int64, np.uint32, np.bool_)
 
@@ -70,11 +79,38 @@ def guard() -> None:
 
 
 def _download(url: str, map_location: Any = "cpu", **_: Any) -> dict[str, Any]:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    target = folder / Path(url).name
-    if not target.exists():
-        write_atomically(target, lambda path: torch.hub.download_url_to_file(url, path))
-    return read_checkpoint(target, map_location)
+    """Read a checkpoint at an address; it stays in torch's cache under a name that is the whole address's.
+
+    Raises:
+        ValueError: no answer, an answer of another length or hash than said, or one that is no checkpoint.
+    """
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    name = Path(urllib.parse.urlsplit(url).path).name or "checkpoint.pth"
+    target = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"
+    if target.is_file():
+        return read_checkpoint(target, map_location)
+    try:
+        write_atomically(target, lambda path: _fetch(url, Path(path)))
+        return read_checkpoint(target, map_location)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        target.unlink(missing_ok=True)
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(f"download of {url} (to {target}) failed: {reason}") from error
+
+
+def _fetch(url: str, path: Path) -> None:
+    hashed = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
+        while block := answer.read(1 << 20):
+            file.write(block)
+            hashed.update(block)
+        expected = answer.headers.get("Content-Length")
+    length = path.stat().st_size
+    if length == 0 or (expected is not None and length != int(expected)):
+        raise ValueError(f"{length} bytes came, and {expected or 'some'} were to come")
+    said = _HASH_IN_NAME.search(urllib.parse.urlsplit(url).path)
+    if said and not hashed.hexdigest().startswith(said[1]):
+        raise ValueError(f"its hash begins with {hashed.hexdigest()[:8]}, and its name says {said[1]}")
 
 
 class AtomicBackend(LocalBackend):
@@ -125,3 +161,31 @@ def load_detector(model: nn.Module, path: str | Path) -> None:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise ValueError(f"{str(path)!r} does not fit the config: {' '.join(str(error).split())[:600]}") from error
+
+
+def load_starting_weights(model: nn.Module, path: str) -> list[str]:
+    """Load a checkpoint, ours or published, into a detector or segmenter that may have other classes.
+
+    Args:
+        model: of MMDetection or MMSegmentation.
+        path: file, folder or address.
+
+    Returns:
+        Entries of the heads that have another shape, and keep what the model has.
+
+    Raises:
+        ValueError: a file that cannot be read, entries that are missing or left over, or a backbone or neck of another
+            shape.
+    """
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+    state_dict = convert_detector(model, unwrap(checkpoint["state_dict"]))
+    own = model.state_dict()
+    reshaped = [key for key in own if key in state_dict and state_dict[key].shape != own[key].shape]
+    problems = [f"missing: {key}" for key in own if key not in state_dict]
+    problems += [f"left over: {key}" for key in state_dict if key not in own]
+    problems += [f"another shape: {key}" for key in reshaped if key.startswith(("backbone.", "neck."))]
+    if problems:
+        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise ValueError(f"{path!r} does not fit the config ({len(problems)} entries): {shown}")
+    model.load_state_dict({**own, **{key: value for key, value in state_dict.items() if key not in reshaped}})
+    return reshaped
