@@ -13,12 +13,15 @@ from torch import nn
 
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..checkpoints import write_atomically
+from ..train.command import parse_options
 from ..train.config import DataConfig
 from ..train.data import InputSpec, Preprocess, eval_batches
 from ..train.distributed import World, join_world, leave_world
 from ..train.errors import UserError, first_line
 from ..train.evaluate import evaluate
 from ..train.images import Images, open_images
+from ..train.outputs import check_output_file
+from ..train.trial import check_forward
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class EvalArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal eval``; prints one JSON object."""
-    arguments = tyro.cli(EvalArguments, prog="vicinal eval", args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    arguments = parse_options(EvalArguments, "vicinal eval", argv, config=(tyro.conf.OmitArgPrefixes,))
+    if arguments.json:
+        check_output_file("--json", arguments.json)
     world = join_world(arguments.device)
     try:
         result = classify(arguments, world)
@@ -61,6 +66,7 @@ def classify(arguments: EvalArguments, world: World) -> dict[str, str | float | 
     _, images = open_images(arguments.data)
     check_classes(model, images, folder)
     spec = InputSpec.resolve(arguments.data, model.pretrained_cfg)
+    check_forward(model, spec, model.num_classes)
     preprocess = Preprocess(spec, world.device, model.num_classes)
     dtype = getattr(torch, arguments.precision)
     autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)

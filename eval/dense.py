@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..checkpoints import write_atomically
+from ..train.command import parse_options
 from ..train.dense.options import DenseData, DenseTrain, require_packages
 from ..train.errors import UserError, first_line
 
@@ -62,7 +63,7 @@ class DenseShow:
 def main(task: str, action: str, argv: Sequence[str]) -> int:
     """Run one of both; ``test`` prints one JSON object, ``show`` the picture's path."""
     kind = {"test": DenseTest, "show": DenseShow}[action]
-    arguments = tyro.cli(kind, prog=f"vicinal {task} {action}", args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    arguments = parse_options(kind, f"vicinal {task} {action}", argv, config=(tyro.conf.OmitArgPrefixes,))
     require_packages()
     if arguments.threads:
         import torch

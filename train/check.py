@@ -10,9 +10,11 @@ from typing import Annotated
 import tyro
 
 from ..checkpoints import write_atomically
-from .config import DataConfig
+from .command import parse_options
+from .config import DataConfig, check_fields
 from .errors import UserError
 from .images import Images, UnreadableImage, open_images
+from .outputs import check_output_file
 
 USAGE = """usage: vicinal data check FOLDER [options]     (--help lists them)"""
 SHOWN = 20
@@ -32,17 +34,20 @@ class CheckArguments:
     """Show the traceback of an error."""
 
     def __post_init__(self):
-        if self.threads < 1:
-            raise UserError(f"--threads {self.threads}: must be at least 1")
+        check_fields(self, threads="[1, 4096]")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal data``; returns its exit code."""
     command, *rest = argv or ["--help"]
-    if command != "check":
+    if command in ("-h", "--help"):
         print(USAGE)
-        return 0 if command in ("-h", "--help") else 2
-    arguments = tyro.cli(CheckArguments, prog="vicinal data check", args=rest)
+        return 0
+    if command != "check":
+        raise UserError(f"unknown action {command!r}: vicinal data check FOLDER")
+    arguments = parse_options(CheckArguments, "vicinal data check", rest)
+    if arguments.json:
+        check_output_file("--json", arguments.json)
     train, held_out = open_images(DataConfig(name=arguments.data))
     result = {
         name: check_images(images, arguments.threads) for name, images in (("train", train), ("held out", held_out))

@@ -13,6 +13,7 @@ from torchvision import transforms
 
 from .config import AugmentationConfig, DataConfig
 from .distributed import World
+from .errors import UserError, first_line
 from .images import Images, UnreadableImage
 from .loader import IGNORED_TARGET, Batches, BrokenImages, resolve_workers
 from .order import EvalSampler, SampleKey, TrainSampler
@@ -94,7 +95,35 @@ class InputSpec(NamedTuple):
 def train_transform(config: AugmentationConfig, spec: InputSpec) -> Callable[[Image.Image], Tensor]:
     """PIL image -> uint8 tensor of shape (3, H, W), with random changes; erasing and mixing follow on the device."""
     has_timm_crop = config.crop in ("rrc", "rkrr", "rkrc")
-    crop, change, to_tensor = create_transform(
+    try:
+        crop, change, to_tensor = _create_train_transform(config, spec, has_timm_crop)
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--auto-augment {config.auto_augment}: {first_line(error)}; {_POLICIES}") from error
+    if not has_timm_crop:
+        crop = transforms.Compose(_resize_and_shift(config, spec))
+    _allow_zero_bits(change)
+    return transforms.Compose([crop, change, to_tensor])
+
+
+_POLICIES = "such as rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original or v0"
+
+
+def check_augmentation(config: AugmentationConfig) -> None:
+    """Refuse what timm does not take for a policy, before the data is opened.
+
+    Raises:
+        UserError: an unknown policy, or one with a part that timm cannot read or apply.
+    """
+    spec = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875)
+    transform = train_transform(config, spec)
+    try:
+        transform(Image.new("RGB", (32, 32)))
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--auto-augment {config.auto_augment}: {first_line(error)}; {_POLICIES}") from error
+
+
+def _create_train_transform(config: AugmentationConfig, spec: InputSpec, has_timm_crop: bool) -> list[Callable]:
+    return create_transform(
         (3, *spec.img_size),
         is_training=True,
         train_crop_mode=config.crop if has_timm_crop else None,
@@ -108,10 +137,6 @@ def train_transform(config: AugmentationConfig, spec: InputSpec) -> Callable[[Im
         use_prefetcher=True,
         separate=True,
     )
-    if not has_timm_crop:
-        crop = transforms.Compose(_resize_and_shift(config, spec))
-    _allow_zero_bits(change)
-    return transforms.Compose([crop, change, to_tensor])
 
 
 def _allow_zero_bits(change: transforms.Compose) -> None:

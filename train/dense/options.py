@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..command import parse_options
 from ..config import Options
 from ..errors import UserError
 
@@ -98,7 +99,7 @@ class DenseTrain:
 def train_command(task: str, argv: Sequence[str]) -> int:
     """``vicinal detect train`` and ``vicinal segment train``; returns the exit code."""
     prog = f"vicinal {task} train"
-    options = tyro.cli(DenseTrain, prog=prog, args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    options = parse_options(DenseTrain, prog, argv, config=(tyro.conf.OmitArgPrefixes,))
     require_packages()
     from .run import train
 
