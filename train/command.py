@@ -39,7 +39,8 @@ def parse_options(kind: type[T], prog: str, argv: Sequence[str], **settings: Any
         cause = stopped.__context__
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
-        raise cause or UserError(f"{prog}: {explain_refusal(refusal.getvalue())}; {prog} --help") from None
+        reason = explain_refusal(refusal.getvalue())
+        raise cause or UserError(f"{prog}: {reason} ({prog} --help lists the options)") from None
     sys.stderr.write(refusal.getvalue())  # such as a warning
     return options
 
@@ -76,17 +77,23 @@ def explain_refusal(box: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip().strip("│").strip() for line in plain.splitlines()]
     lines = [line for line in lines if line and line[0] not in "╭╰"]
-    rules = [number for number, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
+    # On an ASCII terminal the title is a line of its own, above a rule, and not part of the frame.
+    lines = lines[2:] if len(lines) > 2 and _is_rule(lines[1]) else lines
+    rules = [number for number, line in enumerate(lines) if _is_rule(line)] or [len(lines)]
     message = " ".join(lines[: rules[0]])
     for pattern, write in _REFUSALS:
         if found := re.search(pattern, message):
             return write(*found.groups())
-    meant = [line.split()[0].rstrip(",") for line in lines[rules[0] :] if line.startswith("--")]
+    meant = [line.split()[0].rstrip(",") for line in lines[rules[0] :] if re.match("--[a-z]", line)]
     return f"{message}; did you mean {', '.join(meant[:3])}?" if meant else message.rstrip(".")
 
 
+def _is_rule(line: str) -> bool:
+    return set(line) <= set("─-")
+
+
 def _bad_choice(value: str, option: str, choices: str) -> str:
-    allowed = re.findall(r"'([^']*)'", choices)
+    allowed = [choice for choice in re.findall(r"'([^']*)'", choices) if choice != "None"]
     hint = nearest(value, allowed, count=1)
     return f"{option} {value}: must be one of {', '.join(allowed)}" + (f"; {hint}" if hint else "")
 
@@ -115,5 +122,5 @@ _REFUSALS = (
         lambda option, value: f"{option} {value}: expected a number",
     ),
     (r"^Error parsing (-\S+): (.*)$", lambda option, reason: f"{option}: {reason}"),
-    (r"^Missing from .*?: (.*)$", lambda names: f"give {names.rstrip('.')}"),
+    (r"^Missing from .*?: (?:STR )?(.*?)\.? \(required\)", lambda meaning: f"not given: {meaning}"),
 )

@@ -6,6 +6,7 @@ The string below a field is its ``--help`` text. A field's flag is its name with
 
 import dataclasses
 import math
+import sys
 import typing
 from dataclasses import dataclass, field
 from functools import cache
@@ -119,14 +120,14 @@ def _explain_number(number: Any, interval: str, is_whole: bool) -> str | None:
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     is_above = number > low if interval[0] == "(" else number >= low
     is_below = number < high if interval[-1] == ")" else number <= high
-    if is_above and is_below and abs(number) <= (_LARGEST_INTEGER if is_whole else math.inf):
+    if is_above and is_below and abs(number) <= (_LARGEST_INTEGER if is_whole else sys.float_info.max):
         return None
     if high < math.inf:
         return f"must lie in {interval}"
     least = "must be positive" if interval[0] == "(" else f"must be at least {low:g}"
     if is_above:
         return f"must be at most {_LARGEST_INTEGER}" if is_whole else f"{least} and finite"
-    return f"{least} and finite" if math.isnan(number) else least
+    return least if number < math.inf else f"{least} and finite"
 
 
 _SETTLED_MODEL_OPTIONS = {

@@ -98,11 +98,15 @@ def train_transform(config: AugmentationConfig, spec: InputSpec) -> Callable[[Im
     try:
         crop, change, to_tensor = _create_train_transform(config, spec, has_timm_crop)
     except (AssertionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
-        raise UserError(f"--auto-augment {config.auto_augment}: {first_line(error)}; {_POLICIES}") from error
+        raise UserError(f"--auto-augment {config.auto_augment}: {_reason(error)}; {_POLICIES}") from error
     if not has_timm_crop:
         crop = transforms.Compose(_resize_and_shift(config, spec))
     _allow_zero_bits(change)
     return transforms.Compose([crop, change, to_tensor])
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error) if str(error) else "no policy of timm"
 
 
 _POLICIES = "such as rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original or v0"
@@ -114,12 +118,19 @@ def check_augmentation(config: AugmentationConfig) -> None:
     Raises:
         UserError: an unknown policy, or one with a part that timm cannot read or apply.
     """
+    kind, *parts = (config.auto_augment or "").split("-")
+    for part in parts:
+        # timm passes over a part without a number, but for the name of RandAugment's set of transforms.
+        if not any(character.isdigit() for character in part) and not (kind == "rand" and part.startswith("t")):
+            raise UserError(f"--auto-augment {config.auto_augment}: {part!r} has no number; {_POLICIES}")
+    if config.auto_augment == "":
+        raise UserError(f"--auto-augment is empty; give a policy, {_POLICIES}")
     spec = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875)
     transform = train_transform(config, spec)
     try:
         transform(Image.new("RGB", (32, 32)))
     except (AssertionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
-        raise UserError(f"--auto-augment {config.auto_augment}: {first_line(error)}; {_POLICIES}") from error
+        raise UserError(f"--auto-augment {config.auto_augment}: {_reason(error)}; {_POLICIES}") from error
 
 
 def _create_train_transform(config: AugmentationConfig, spec: InputSpec, has_timm_crop: bool) -> list[Callable]:

@@ -131,9 +131,7 @@ def check_environment() -> None:
     numbers = {name: os.environ[name] for name in _COUNTERS if name in os.environ}
     for name, text in numbers.items():
         if not text.isdecimal():
-            raise UserError(
-                f"the environment variable {name} is {text!r}: expected a number, as torchrun sets it"
-            )
+            raise UserError(f"the environment variable {name} is {text!r}: expected a number, as torchrun sets it")
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if rank in numbers and size in numbers and int(numbers[rank]) >= int(numbers[size]):
             raise UserError(

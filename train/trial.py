@@ -37,7 +37,7 @@ def check_forward(model: nn.Module, spec: InputSpec, num_classes: int, config: T
             return
         if isinstance(error, UserError) or find_shortage(error):
             raise
-        message = f"the network does not take an image of {size} pixels: {first_line(error)}"
+        message = f"the network cannot compute an image of {size} pixels: {first_line(error)}"
         raise UserError(f"{message}; see --img-size and --model-kwargs") from error
     finally:
         model.train(was_training)
