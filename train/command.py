@@ -78,7 +78,7 @@ def explain_refusal(box: str) -> str:
     lines = [line.strip().strip("│").strip() for line in plain.splitlines()]
     lines = [line for line in lines if line and line[0] not in "╭╰"]
     # On an ASCII terminal the title is a line of its own, above a rule, and not part of the frame.
-    lines = lines[2:] if len(lines) > 2 and _is_rule(lines[1]) else lines
+    lines = lines if "╭" in plain else lines[2:]
     rules = [number for number, line in enumerate(lines) if _is_rule(line)] or [len(lines)]
     message = " ".join(lines[: rules[0]])
     for pattern, write in _REFUSALS:

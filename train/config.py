@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .errors import UserError, nearest
+from .errors import UserError, cut, nearest
 from .strict_yaml import load_yaml
 
 
@@ -90,7 +90,7 @@ def check_fields(section: Any, **intervals: str) -> None:
         value = getattr(section, name)
         for number in value if isinstance(value, (tuple, list)) else [value] * (value is not None):
             if problem := _explain_number(number, interval, is_whole=_is_whole(type(section), name)):
-                raise UserError(f"{flag_of(type(section), name)} {number}: {problem}")
+                raise UserError(f"{flag_of(type(section), name)} {cut(str(number), 40)}: {problem}")
 
 
 @cache

@@ -81,10 +81,11 @@ def first_line(error: BaseException) -> str:
         lines = lines[-1:]
     elif not lines[0].endswith(":"):
         lines = lines[:1]
-    return _cut(" ".join(_cut(line, _LONGEST_LINE) for line in lines), _LONGEST_MESSAGE)
+    return cut(" ".join(cut(line, _LONGEST_LINE) for line in lines), _LONGEST_MESSAGE)
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
+    """The beginning of a text that is longer than so many characters."""
     return text if len(text) <= length else f"{text[: length - 4].rstrip()} ..."
 
 
