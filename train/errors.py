@@ -7,7 +7,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.util import find_spec
+from importlib import import_module
 
 USAGE_EXIT_CODE = 2
 STOPPED_EXIT_CODE = 1
@@ -41,7 +41,7 @@ _PACKAGES = {
     "mlxtend": ("mlxtend", "demo"),
     "matplotlib": ("matplotlib", "demo"),
     "datasets": ("datasets", "data"),
-    "tensorboard": ("tensorboard", "log"),
+    "torch.utils.tensorboard": ("tensorboard", "log"),
     "wandb": ("wandb", "log"),
 }
 """Packages that not everybody needs, as they are imported: their names, and the extras that bring them."""
@@ -56,11 +56,19 @@ def require_packages(needs: Mapping[str, str]) -> None:
     Raises:
         UserError: one is not installed.
     """
-    missing = {asked: _PACKAGES[package] for asked, package in needs.items() if find_spec(package) is None}
+    missing = {asked: _PACKAGES[package] for asked, package in needs.items() if not _is_importable(package)}
     if missing:
         extras = ",".join(dict.fromkeys(extra for _, extra in missing.values()))
         wanted = ", ".join(f"{asked} needs {name}" for asked, (name, _) in missing.items())
         raise UserError(f"{wanted}: pip install 'vicinal[{extras}]'")
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 _LONGEST_LINE, _LONGEST_MESSAGE = 200, 500

