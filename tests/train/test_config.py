@@ -277,7 +277,7 @@ def test_a_warm_up_that_was_given_is_refused_where_it_does_not_fit(recipe):
     with pytest.raises(UserError, match=r"--warmup-epochs 5\.0 does not fit in --epochs 3"):
         read_recipe(recipe("schedule: {epochs: 3, warmup_epochs: 5}"))
     assert read_recipe(recipe("schedule: {epochs: 3}"))["schedule"].warmup_epochs == pytest.approx(0.15)
-    assert ScheduleConfig(epochs=2).warmup_epochs == pytest.approx(0.1)
+    assert [ScheduleConfig(epochs=epochs).warmup_epochs for epochs in (2, 5, 6)] == pytest.approx([0.1, 0.25, 5])
 
 
 @pytest.mark.parametrize(
