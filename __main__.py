@@ -1,5 +1,6 @@
 """The ``vicinal`` command: hands over to the rooms, and imports only the one it needs."""
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -28,14 +29,25 @@ options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 stopped, 2 wrong usage or input."""
+    from .train.errors import run_command
+
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help"]
     if command in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
+        return run_command(partial(_print, USAGE), rest)
     if command == "--version":
-        print(f"vicinal {__version__}")
-        return 0
-    from .train.errors import UserError, nearest, run_command
+        return run_command(partial(_print, f"vicinal {__version__}"), rest)
+    return run_command(partial(_hand_over, command), rest)
+
+
+def _print(text: str, _: Sequence[str]) -> int:
+    print(text)
+    return 0
+
+
+def _hand_over(command: str, argv: Sequence[str]) -> int:
+    from .train.errors import UserError, nearest
 
     runners = {
         "train": _train,
@@ -53,15 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if command not in runners:
         hint = nearest(command, runners, count=1) or "vicinal --help lists the commands"
-        return run_command(_refuse(UserError(f"unknown command {command!r}; {hint}")), rest)
-    return run_command(runners[command], rest)
+        raise UserError(f"unknown command {command!r}; {hint}")
+    _check_environment()
+    return runners[command](argv)
 
 
-def _refuse(error: Exception):
-    def fail(_: Sequence[str]) -> int:
-        raise error
+def _check_environment() -> None:
+    """Refuse a wrong VICINAL_KERNELS before the first operator does, in the middle of the work."""
+    if os.environ.get("VICINAL_KERNELS"):
+        from .kernels.dispatch import selected_backend
+        from .train.errors import UserError
 
-    return fail
+        try:
+            selected_backend()
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -73,6 +91,9 @@ def _train(argv: Sequence[str]) -> int:
     arguments = parse_command(argv)
     config, outcome = arguments.run_config, None
     world = join_world(config.run.device, needs_group=config.run.parallel == "fsdp")
+    if world.is_primary:
+        for note in arguments.notes:
+            print(note)
     try:
         if arguments.dry_run:
             dry_run(config, world)
@@ -101,7 +122,7 @@ def _conclude(outcome, draws_report: bool) -> None:
 
 
 def _dense(task: str, argv: Sequence[str]) -> int:
-    from .train.errors import UserError
+    from .train.errors import UserError, nearest
 
     action, *rest = argv or ["--help"]
     if action == "train":
@@ -115,7 +136,8 @@ def _dense(task: str, argv: Sequence[str]) -> int:
     if action in ("-h", "--help"):
         print(f"usage: vicinal {task} train CONFIG | test RUN | show RUN     (each takes --help)")
         return 0
-    raise UserError(f"unknown action {action!r}: vicinal {task} train, test or show")
+    hint = nearest(action, ("train", "test", "show"), count=1)
+    raise UserError(f"unknown action {action!r}: vicinal {task} train, test or show" + (f"; {hint}" if hint else ""))
 
 
 def _shapes(argv: Sequence[str]) -> int:

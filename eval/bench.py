@@ -1,6 +1,9 @@
 """``vicinal bench``: hands over to the benchmark of operators, of models or of training."""
 
+import sys
 from collections.abc import Sequence
+
+from ..train.errors import USAGE_EXIT_CODE, nearest
 
 USAGE = """usage: vicinal bench ops [options]
        vicinal bench models [options]
@@ -22,5 +25,9 @@ def main(argv: Sequence[str]) -> int:
         from . import bench_train
 
         return bench_train.main(rest)
-    print(USAGE)
-    return 0 if command in ("-h", "--help") else 2
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    hint = nearest(command, ("ops", "models", "train"), count=1) or "vicinal bench ops, models or train"
+    print(f"error: unknown benchmark {command!r}; {hint}", file=sys.stderr)
+    return USAGE_EXIT_CODE

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..kernels import backend
+from ..train.command import parse_options
+from ..train.config import check_fields
 from ..train.errors import UserError, first_line, nearest
-from .measure import peak_bytes, print_table, replayed_seconds, step_times, tracked, write_table
+from .measure import check_table, peak_bytes, print_table, replayed_seconds, step_times, tracked, write_table
 from .official_mixers import official_mixers
 
 # Ours and timm's of the same architecture, at a size that both take.
@@ -62,11 +64,11 @@ class BenchOptions:
     """Runs of which the fastest counts."""
     csv: Path | None = None
     """Also write the table to this file."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check_fields(self, batch_size="[1, inf)", repeats="[1, inf)", img_size="[1, inf)")
         for name in self.models:
             if not timm.is_model(name):
                 raise UserError(f"--models {name}: no such model; {nearest(name, timm.list_models())}")
@@ -92,9 +94,8 @@ class Row:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal bench models``; returns its exit code."""
-    import tyro
-
-    options = tyro.cli(BenchOptions, prog="vicinal bench models", args=argv)
+    options = parse_options(BenchOptions, "vicinal bench models", argv)
+    check_table(options.csv)
     rows: list[Row] = []
     for name in tracked(options.models or list(COUNTERPARTS)):
         rows += _measure(name, options)

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from ..kernels import backend
 from ..kernels.dispatch import BACKENDS
-from .measure import Ceilings, kernel_times, measure_ceilings, peak_bytes, report, tracked
+from ..train.command import parse_options
+from ..train.config import check_fields
+from ..train.errors import UserError, nearest
+from .measure import Ceilings, check_table, kernel_times, measure_ceilings, peak_bytes, report, tracked
 from .ops_cases import SHAPES, Problem, make_problem
 
 DTYPES = ("float32", "bfloat16")
 STEPS = ("forward", "backward", "forward+backward")
+IMPLEMENTATIONS = (*(name for name in BACKENDS if name != "auto"), "eager", "flex")
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,17 @@ class BenchOptions:
     """Implementations to leave out, such as reference."""
     csv: Path | None = None
     """Also write the table to this file."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats} must be at least 1")
+        check_fields(self, repeats="[1, inf)")
+        for name in self.without:
+            if name not in IMPLEMENTATIONS:
+                hint = nearest(name, IMPLEMENTATIONS, count=1)
+                raise UserError(f"--without {name}: must be one of {', '.join(IMPLEMENTATIONS)}; {hint}".rstrip("; "))
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda' was given, but torch finds no GPU here; use device='cpu'")
+            raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,8 @@ class Row:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal bench ops``; returns its exit code."""
-    import tyro
-
-    options = tyro.cli(BenchOptions, prog="vicinal bench ops", args=argv)
+    options = parse_options(BenchOptions, "vicinal bench ops", argv)
+    check_table(options.csv)
     report(measure(options), options.csv)
     return 0
 

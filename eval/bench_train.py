@@ -13,14 +13,23 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
+from ..train.command import parse_options
 from ..train.components import Components
-from ..train.config import AugmentationConfig, DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
+from ..train.config import (
+    AugmentationConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    check_fields,
+)
 from ..train.data import InputSpec, Preprocess, train_batches
 from ..train.distributed import World
 from ..train.errors import UserError
 from ..train.images import FolderImages
 from ..train.loop import Trainer
-from .measure import report, turns_of_cpu_time
+from .measure import check_table, report, turns_of_cpu_time
 
 CPU = torch.device("cpu")
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -43,11 +52,11 @@ class BenchOptions:
     """Turns of each; a quarter of them should give nearly the ratio of all."""
     csv: Path | None = None
     """Also write the table to this file."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        for name, least in {"batch_size": 1, "images": 1, "turns": QUARTERS}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        check_fields(self, batch_size="[1, inf)", images="[1, inf)", turns=f"[{QUARTERS}, inf)")
         if self.images < self.batch_size:
             raise UserError(f"--images {self.images}: must be at least --batch-size {self.batch_size}")
 
@@ -68,9 +77,8 @@ class Row:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal bench train``; prints a table."""
-    import tyro
-
-    options = tyro.cli(BenchOptions, prog="vicinal bench train", args=list(argv))
+    options = parse_options(BenchOptions, "vicinal bench train", argv)
+    check_table(options.csv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = [*measure_loop(options, Path(folder)), *measure_loaders(options, Path(folder))]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..train.errors import UserError
+from ..train.command import refuse_options
+from ..train.errors import UserError, nearest
 
 MARKDOWN_HEADER = "| model | input | params, M | MACs, G | published top-1, % |\n|---|---|---|---|---|"
 
@@ -52,12 +53,18 @@ def list_rows() -> Iterator[CatalogRow]:
 
 
 def describe(name: str) -> CatalogRow:
-    """One model's row, measured on the meta device."""
-    from timm import create_model
+    """One model's row, measured on the meta device.
+
+    Raises:
+        UserError: no model has this name.
+    """
+    from timm import create_model, is_model, list_models
     from torch.utils.flop_counter import FlopCounterMode
 
     from ..checkpoints import RELEASED
 
+    if not is_model(name):
+        raise UserError(f"{name}: no such model; {nearest(name, list_models()) or 'vicinal models lists ours'}")
     model = create_model(name, device="meta").eval()
     channels, *size = model.pretrained_cfg["input_size"]
     counter = FlopCounterMode(display=False)
@@ -80,8 +87,7 @@ def describe(name: str) -> CatalogRow:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table of models as Markdown; returns the exit code."""
-    if argv:
-        raise UserError(f"vicinal models takes no options, was given {' '.join(argv)}")
+    refuse_options("vicinal models", argv, "Every model with its size, cost and published accuracy, as Markdown.")
     print(MARKDOWN_HEADER)
     for row in list_rows():
         print(row.markdown(), flush=True)

@@ -16,6 +16,7 @@ from torch import nn
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..checkpoints import write_atomically
 from ..checkpoints.files import CONFIG_NAME
+from ..train.command import parse_options
 from ..train.config import DataConfig
 from ..train.data import InputSpec, Preprocess, eval_batches
 from ..train.distributed import World, join_world, leave_world
@@ -23,8 +24,10 @@ from ..train.errors import UserError, first_line
 from ..train.evaluate import evaluate
 from ..train.folder import find_best
 from ..train.images import IN_MEMORY, Images, Selection, open_images
+from ..train.outputs import check_output_file
 from ..train.recipe import as_plain, read_recipe
 from ..train.resume import describe_changes
+from ..train.trial import check_forward
 from ..train.weights import check_model_folder, strict_loading
 
 
@@ -55,6 +58,8 @@ _NOT_GIVEN = "wds/"
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal eval``; prints one JSON object, and what is out of the ordinary to stderr."""
     arguments, of_run = parse_arguments(argv)
+    if arguments.json:
+        check_output_file("--json", arguments.json)
     world = join_world(arguments.device)
     try:
         result = classify(arguments, world, of_run, takes_whole=not _is_split_given(argv))
@@ -85,13 +90,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvalArguments, DataConfig | No
 
 
 def _parse(argv: Sequence[str], data: DataConfig) -> EvalArguments:
-    return tyro.cli(
-        EvalArguments,
-        prog="vicinal eval",
-        args=list(argv),
-        default=EvalArguments(tyro.MISSING, data),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    default = EvalArguments(tyro.MISSING, data)
+    return parse_options(EvalArguments, "vicinal eval", argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _is_split_given(argv: Sequence[str]) -> bool:
@@ -133,6 +133,7 @@ def classify(
             f"{len(missing)} of {model.num_classes} classes have no folder in the data: {', '.join(missing[:5])}"
         )
     spec = InputSpec.resolve(arguments.data, model.pretrained_cfg)
+    check_forward(model, spec, model.num_classes)
     preprocess = Preprocess(spec, world.device, model.num_classes)
     dtype = getattr(torch, arguments.precision)
     autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -17,7 +17,7 @@ from ..kernels import (
     routed_attention,
     window_attention,
 )
-from ..train.errors import UserError
+from ..train.command import refuse_options
 
 PACKAGES = ("vicinal", "torch", "triton", "timm", "torchvision")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -34,8 +34,7 @@ TYPICAL_CALLS: dict[Callable, Callable[[Callable[..., Tensor]], tuple]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Print the report; returns the exit code."""
-    if argv:
-        raise UserError(f"vicinal doctor takes no options, was given {' '.join(argv)}")
+    refuse_options("vicinal doctor", argv, "Versions, devices, and which backend each operator takes on them.")
     for line in report():
         print(line, flush=True)
     return 0

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 from ..checkpoints import write_atomically
+from ..train.errors import UserError
+from ..train.outputs import check_output_file
 
 NOTE = "Only ratios inside this table count: absolute times depend on the machine and on what else it does."
 
@@ -208,6 +210,16 @@ def print_table(rows: Sequence[Any]) -> None:
             *(f"{value:.2f}" if is_number else str(value) for value, is_number in zip(values, numeric, strict=True))
         )
     Console(width=None if Console().is_terminal else 190).print(table)
+
+
+def check_table(path: Path | None) -> None:
+    """Refuse a path at which :func:`write_table` could not write both of its files."""
+    if path is None:
+        return
+    if path.suffix == ".json":
+        raise UserError(f"--csv {path}: how the table came about goes there; give {path.with_suffix('.csv')}")
+    check_output_file("--csv", path)
+    check_output_file("--csv", path.with_suffix(".json"))
 
 
 def write_table(rows: Sequence[Any], path: Path | None) -> None:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoints import write_atomically
+from ..train.errors import UserError, run_command
+from ..train.outputs import check_output_file
 
 RESULTS = Path(__file__).parent / "results"
 START = "<!-- speed: made by python -m vicinal.eval.performance README.md -->"
@@ -97,7 +99,7 @@ def updated(text: str) -> str:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise ValueError(f"the file must have the lines {START!r} and {END!r}; put them where the tables shall stand")
+        raise UserError(f"the file must have the lines {START!r} and {END!r}; put them where the tables shall stand")
     return f"{before}{START}\n{section()}\n{END}{after}"
 
 
@@ -108,11 +110,13 @@ def _write(text: str, path: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Renew the section of the file that is named."""
     if len(argv) != 1:
-        raise SystemExit("usage: python -m vicinal.eval.performance FILE")
-    path = Path(argv[0])
+        raise UserError("usage: python -m vicinal.eval.performance FILE")
+    path = check_output_file("FILE", argv[0])
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     write_atomically(path, partial(_write, updated(path.read_text(encoding="utf-8"))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

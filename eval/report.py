@@ -11,12 +11,15 @@ import tyro
 from torch import Tensor, nn
 
 from ..checkpoints import write_atomically
+from ..train.command import parse_options
 from ..train.config import TrainConfig
 from ..train.data import InputSpec, Preprocess, eval_transform
-from ..train.errors import UserError
+from ..train.errors import UserError, require_packages
 from ..train.images import Images, open_images
 from ..train.log import read_records
+from ..train.outputs import check_output_file
 from ..train.recipe import read_recipe
+from ..train.trial import check_forward
 from .attend import AttentionRecord, record_attention
 from .classify import find_model, load_model
 
@@ -58,7 +61,7 @@ class Example:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal report``; prints where the picture lies."""
-    arguments = tyro.cli(ReportArguments, prog="vicinal report", args=list(argv))
+    arguments = parse_options(ReportArguments, "vicinal report", argv)
     print(f"picture: {draw_report(arguments.run)}")
     return 0
 
@@ -69,13 +72,13 @@ def draw_report(run: str | Path) -> Path:
     Raises:
         UserError: not the folder of a run that has finished an epoch, or matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the report needs matplotlib: pip install 'vicinal[demo]'") from error
+    require_packages({"the report": "matplotlib"})
+    from matplotlib.figure import Figure
+
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not the folder of a run: it holds no config.yaml")
+    check_output_file("report", run / "report.png")
     config = TrainConfig(**read_recipe(run / "config.yaml"))
     epochs = [record for record in read_records(run / "metrics.jsonl") if record["event"] == "epoch"]
     if not epochs:
@@ -90,6 +93,7 @@ def choose_examples(model: nn.Module, config: TrainConfig) -> list[Example]:
     """A few held-out images: some that the network gets wrong, if there are any, and for the rest one of each class."""
     _, images = open_images(config.data)
     spec = InputSpec.resolve(config.data, model.pretrained_cfg)
+    check_forward(model, spec, model.num_classes)
     candidates = _round_robin(images.targets)[:500]
     pixels = torch.stack([eval_transform(spec)(images.load(index)) for index in candidates])
     targets = torch.tensor([images.targets[index] for index in candidates])

@@ -22,6 +22,10 @@ import torch
 
 from ..checkpoints import write_atomically
 from ..kernels import launch
+from ..train.command import parse_options
+from ..train.config import check_fields
+from ..train.errors import UserError, run_command
+from ..train.outputs import check_output_file
 from .kernel_table import ARCHITECTURES, CASES, Case, Resources, compile_launch, record_case, run_case
 
 BLOCKS, WARPS, STAGES = (64, 32, 16), (4, 8), (1, 2)
@@ -56,9 +60,10 @@ class TuneOptions:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.kernels) - set(tunable()))
         if unknown:
-            raise ValueError(f"kernels={unknown} are not in the launch table; use of {', '.join(tunable())}")
+            raise UserError(f"kernels={unknown} are not in the launch table; use of {', '.join(tunable())}")
         if self.processes < 1:
-            raise ValueError(f"processes={self.processes} must be at least 1")
+            raise UserError(f"processes={self.processes} must be at least 1")
+        check_fields(self, head_dims="[1, inf)", element_sizes="[2, 4]")
 
 
 class Row(NamedTuple):
@@ -184,9 +189,8 @@ def write_table(table: Table, path: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Tune, print each choice beside the present one, and write the table."""
-    import tyro
-
-    options = tyro.cli(TuneOptions, prog="python -m vicinal.eval.tune", args=argv)
+    options = parse_options(TuneOptions, "python -m vicinal.eval.tune", argv)
+    check_output_file("--output", options.output)
     table = launch.TABLE
     for row, parameters in tune(options):
         present = table[options.architecture][row.kernel][row.element_size].get(row.head_dim, "no entry")
@@ -198,4 +202,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

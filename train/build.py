@@ -210,7 +210,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             layer_decay=config.layer_decay,
             **config.optimizer_kwargs,
         )
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # an optimizer raises whatever its options or a missing package make it
         raise UserError(f"--optimizer {config.optimizer}: {first_line(error)}; see --optimizer-kwargs") from error
     _scale_learning_rates(optimizer, model)
     return optimizer

@@ -11,12 +11,14 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from ..checkpoints import write_atomically
-from .config import DataConfig
+from .command import parse_options
+from .config import DataConfig, check_fields
 from .decode import WHITE
 from .decoding import UnreadableImage
 from .dense import survey
 from .errors import UserError
 from .images import Images, open_images
+from .outputs import check_output_file
 from .streams import StreamImages
 
 USAGE = """usage: vicinal data check FOLDER [options]     (--help lists them)"""
@@ -41,19 +43,22 @@ class CheckArguments:
     """Show the traceback of an error."""
 
     def __post_init__(self):
-        if self.threads < 1:
-            raise UserError(f"--threads {self.threads}: must be at least 1")
+        check_fields(self, threads="[1, 4096]")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal data``; returns its exit code."""
     command, *rest = argv or ["--help"]
-    if command != "check":
+    if command in ("-h", "--help"):
         print(USAGE)
-        return 0 if command in ("-h", "--help") else 2
+        return 0
+    if command != "check":
+        raise UserError(f"unknown action {command!r}: vicinal data check FOLDER")
     if survey.is_dense(rest):
         return survey.main(rest)
-    arguments = tyro.cli(CheckArguments, prog="vicinal data check", args=rest)
+    arguments = parse_options(CheckArguments, "vicinal data check", rest)
+    if arguments.json:
+        check_output_file("--json", arguments.json)
     notes: list[str] = []
     config = DataConfig(name=arguments.data, data_dir=arguments.data_dir, num_classes=arguments.num_classes)
     parts = dict(zip(("train", "held out"), open_images(config, notes.append), strict=True))

@@ -16,13 +16,14 @@ from .build import (
     resolve_precision,
 )
 from .config import TrainConfig
-from .data import InputSpec, Preprocess, eval_batches, train_batches
+from .data import InputSpec, Preprocess, check_augmentation, eval_batches, train_batches
 from .distributed import World
 from .images import open_images
 from .loader import Batches, BrokenImages
 from .randomness import seed_all, stream_seed
 from .rates import scale_rates
 from .state import TrainState
+from .trial import check_forward
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ def build_components(config: TrainConfig, world: World) -> Components:
         UserError: the model, the data or the optimizer cannot be used.
     """
     config = scale_rates(config, world.size)
+    check_augmentation(config.augmentation)
     seed_all(stream_seed("weights", config.run.seed))
     train_images, val_images = open_images(config.data)
     num_classes = len(train_images.classes)
     model, source = build_models(config, num_classes, world)
     spec = InputSpec.resolve(config.data, model.pretrained_cfg)
     record_input(model, spec, train_images.classes)
+    check_forward(model, spec, num_classes, config)
     broken = BrokenImages(config.data.max_broken)
     batches = train_batches(train_images, config.data, config.augmentation, spec, config.run.seed, world, broken)
     layout, smoothing = memory_format(config.run), config.optimizer.label_smoothing

@@ -5,18 +5,23 @@ The string below a field is its ``--help`` text. A field's flag is its name with
 """
 
 import dataclasses
+import math
+import sys
+import typing
 from dataclasses import dataclass, field
+from functools import cache
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
-from .errors import UserError
+from .errors import UserError, cut, nearest
+from .strict_yaml import load_yaml
 
 
 def parse_scalar(text: str) -> Any:
     """A value as YAML reads it, and ``1e-3`` as the number that YAML 1.1 takes for a string."""
-    value = yaml.safe_load(text)
+    value = load_yaml(text)
     if not isinstance(value, str):
         return value
     try:
@@ -26,10 +31,15 @@ def parse_scalar(text: str) -> Any:
 
 
 def _parse_pairs(items: list[str]) -> dict[str, Any]:
-    pairs = dict(item.split("=", 1) for item in items if "=" in item)
-    if len(pairs) != len(items):
-        raise ValueError("expected KEY=VALUE pairs with distinct keys")
-    return {key: parse_scalar(text) for key, text in pairs.items()}
+    pairs: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not key or not equals:
+            raise ValueError(f"expected KEY=VALUE, got {item!r}")
+        if key in pairs:
+            raise ValueError(f"{key!r} is given twice")
+        pairs[key] = parse_scalar(text)
+    return pairs
 
 
 # A mapping on the command line: --model-kwargs kernel_size=5 qkv_bias=false
@@ -48,6 +58,88 @@ Options = Annotated[
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def flag_of(section: type, name: str) -> str:
+    """The command line's flag for a field: its name with dashes, unless tyro is told another one."""
+    hint = typing.get_type_hints(section, include_extras=True)[name]
+    names = [getattr(extra, "name", None) for extra in getattr(hint, "__metadata__", ())]
+    return f"--{next((name for name in names if name), name).replace('_', '-')}"
+
+
+def check_fields(section: Any, **intervals: str) -> None:
+    """Refuse values of a dataclass that its fields do not allow.
+
+    Fields that are None are passed over, and each number of a tuple is looked at by itself.
+
+    Args:
+        section: an instance; a field of a ``Literal`` type takes one of its values.
+        intervals: allowed numbers by field, as ``"(0, 1]"``; a round bracket leaves the bound itself out.
+
+    Raises:
+        UserError: names the flag, what was given and what is allowed.
+    """
+    for name, choices in _choices_of(type(section)).items():
+        value = getattr(section, name)
+        if value not in choices:
+            allowed = [choice for choice in choices if choice is not None]
+            hint = nearest(str(value), allowed, count=1)
+            flag = flag_of(type(section), name)
+            raise UserError(f"{flag} {value}: must be one of {', '.join(allowed)}" + (f"; {hint}" if hint else ""))
+    for name, interval in intervals.items():
+        value = getattr(section, name)
+        for number in value if isinstance(value, (tuple, list)) else [value] * (value is not None):
+            if problem := _explain_number(number, interval, is_whole=_is_whole(type(section), name)):
+                raise UserError(f"{flag_of(type(section), name)} {cut(str(number), 40)}: {problem}")
+
+
+@cache
+def _choices_of(section: type) -> dict[str, tuple]:
+    """The values of each field of a ``Literal`` type, with None where that is allowed too."""
+    found = {}
+    for name, hint in typing.get_type_hints(section).items():
+        parts = [hint, *typing.get_args(hint)]
+        literals = [typing.get_args(part) for part in parts if typing.get_origin(part) is Literal]
+        if literals:
+            found[name] = (*literals[0], *([None] if type(None) in parts else []))
+    return found
+
+
+@cache
+def _is_whole(section: type, name: str) -> bool:
+    return typing.get_type_hints(section)[name] in (int, int | None)
+
+
+_LARGEST_INTEGER = 2**63 - 1
+
+
+def _explain_number(number: Any, interval: str, is_whole: bool) -> str | None:
+    """What is wrong with a number, or None."""
+    if isinstance(number, bool) or not isinstance(number, Integral if is_whole else Real):
+        return f"expected a {'whole ' if is_whole else ''}number"
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    is_above = number > low if interval[0] == "(" else number >= low
+    is_below = number < high if interval[-1] == ")" else number <= high
+    if is_above and is_below and abs(number) <= (_LARGEST_INTEGER if is_whole else sys.float_info.max):
+        return None
+    if high < math.inf:
+        return f"must lie in {interval}"
+    least = "must be positive" if interval[0] == "(" else f"must be at least {low:g}"
+    if is_above:
+        return f"must be at most {_LARGEST_INTEGER}" if is_whole else f"{least} and finite"
+    return least if number < math.inf else f"{least} and finite"
+
+
+_SETTLED_MODEL_OPTIONS = {
+    "in_chans": "images are read as RGB, in 3 channels",
+    "num_classes": "the number of classes comes from the data; leave it out",
+    "features_only": "a classifier is trained, not a pyramid of features; leave it out",
+    "pretrained": "use --pretrained",
+    "pretrained_cfg": "use --weights",
+    "pretrained_cfg_overlay": "use --weights",
+    "checkpoint_path": "use --weights",
+}
+"""Options of ``timm.create_model`` that a run does not leave open, and what to do about them."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +170,16 @@ class ModelConfig:
             self.weights is None or not self.pretrained,
             "--weights and --pretrained both say where the weights come from: leave one out",
         )
-        _check(0 < self.teacher_weight <= 1, f"--teacher-weight {self.teacher_weight}: must lie in (0, 1]")
-        _check(self.probe_queries >= 1, f"--probe-queries {self.probe_queries}: must be at least 1")
+        for name, reason in _SETTLED_MODEL_OPTIONS.items():
+            _check(
+                name not in self.model_kwargs or (name == "in_chans" and self.model_kwargs[name] == 3),
+                f"--model-kwargs {name}={self.model_kwargs.get(name)}: {reason}",
+            )
+        _check(
+            self.drop_path_rate is None or "drop_path_rate" not in self.model_kwargs,
+            "--drop-path-rate and drop_path_rate in --model-kwargs say the same: leave one out",
+        )
+        check_fields(self, teacher_weight="(0, 1]", probe_queries="[1, inf)", drop_path_rate="[0, 1)")
 
 
 @dataclass(frozen=True)
@@ -120,17 +220,23 @@ class DataConfig:
     """Images of a stream that all processes together hold while their order is shuffled."""
 
     def __post_init__(self):
-        _check(self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1")
-        _check(self.img_size is None or self.img_size >= 1, f"--img-size {self.img_size}: must be at least 1")
-        _check(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
-        _check(0 < self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must lie between 0 and 1")
-        _check(self.max_broken >= 0, f"--max-broken {self.max_broken}: must be at least 0")
+        check_fields(
+            self,
+            batch_size="[1, inf)",
+            img_size="[1, inf)",
+            workers="[0, inf)",
+            val_fraction="(0, 1)",
+            split_seed="[0, inf)",
+            mean="[0, 1]",
+            std="(0, 1]",
+            crop_pct="(0, 1]",
+            max_broken="[0, inf)",
+            num_classes="[1, inf)",
+            stream_lanes="[1, inf)",
+            shuffle_buffer="[0, inf)",
+        )
         is_stream = self.name.startswith(("hfids/", "wds/"))
         _check(self.num_classes is None or is_stream, "--num-classes is for streams: other data says it by itself")
-        _check(self.num_classes is None or self.num_classes >= 1, f"--num-classes {self.num_classes}: at least 1")
-        _check(self.stream_lanes >= 1, f"--stream-lanes {self.stream_lanes}: must be at least 1")
-        _check(self.shuffle_buffer >= 0, f"--shuffle-buffer {self.shuffle_buffer}: must be at least 0")
-        _check(self.crop_pct is None or 0 < self.crop_pct <= 1, f"--crop-pct {self.crop_pct}: must lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -165,12 +271,23 @@ class AugmentationConfig:
     """Probability of CutMix rather than mixup where both are on."""
 
     def __post_init__(self):
-        for name in ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob"):
-            value = getattr(self, name)
-            _check(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: a probability must lie in [0, 1]")
-        _check(0 <= self.shift < 1, f"--shift {self.shift}: a share of the image must lie in [0, 1)")
-        _check(self.repeats >= 1, f"--repeats {self.repeats}: must be at least 1; 1 turns repeated augmentation off")
-        _check(min(self.mixup, self.cutmix) >= 0, "--mixup and --cutmix must not be negative; 0 turns them off")
+        check_fields(
+            self,
+            scale="(0, 1]" if self.crop == "rrc" else "(0, inf)",
+            shift="[0, 1)",
+            hflip="[0, 1]",
+            color_jitter="[0, inf)",
+            random_erasing="[0, 1]",
+            repeats="[1, inf)",
+            mixup="[0, inf)",
+            cutmix="[0, inf)",
+            mixup_prob="[0, 1]",
+            mixup_switch_prob="[0, 1]",
+        )
+        _check(
+            self.scale is None or self.scale[0] <= self.scale[1],
+            f"--scale {' '.join(map(str, self.scale or ()))}: the least comes first, then the largest",
+        )
 
     @property
     def mixes(self) -> bool:
@@ -210,23 +327,36 @@ class OptimizerConfig:
     """Updates in a row that may be left out because their loss is not finite; one more stops the run."""
 
     def __post_init__(self):
-        _check(self.lr > 0, f"--lr {self.lr}: must be positive")
-        _check(
-            self.lr_base_size is None or self.lr_base_size >= 1,
-            f"--lr-base-size {self.lr_base_size}: must be at least 1",
+        for name in ("lr", "weight_decay", "layer_decay"):
+            _check(
+                name not in self.optimizer_kwargs,
+                f"--optimizer-kwargs {name}={self.optimizer_kwargs.get(name)}: use --{name.replace('_', '-')}",
+            )
+        check_fields(
+            self,
+            lr="(0, inf)",
+            lr_base_size="[1, inf)",
+            weight_decay="[0, inf)",
+            layer_decay="(0, 1]",
+            bce_threshold="[0, 1)",
+            label_smoothing="[0, 1)",
+            clip_grad="(0, inf)",
+            accumulation="[1, inf)",
+            max_skips="[0, inf)",
         )
         _check(
-            self.bce_threshold is None or (self.loss == "bce" and 0 <= self.bce_threshold < 1),
-            f"--bce-threshold {self.bce_threshold}: must lie in [0, 1), and goes with --loss bce",
+            self.bce_threshold is None or self.loss == "bce",
+            f"--bce-threshold {self.bce_threshold}: goes with --loss bce",
         )
-        _check(self.accumulation >= 1, f"--accumulation {self.accumulation}: must be at least 1")
-        _check(self.max_skips >= 0, f"--max-skips {self.max_skips}: must be at least 0")
-        _check(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
-        _check(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be positive")
-        _check(
-            self.layer_decay is None or 0 < self.layer_decay <= 1,
-            f"--layer-decay {self.layer_decay}: must lie in (0, 1]",
-        )
+
+
+WARMUP_EPOCHS, WARMUP_SHARE = 5.0, 0.05
+"""The warm-up that nobody gave: of a run of 100 epochs, as long as the default is, both are the same."""
+
+
+def default_warmup(epochs: int) -> float:
+    """Epochs of warm-up before so many epochs are over."""
+    return WARMUP_EPOCHS if epochs > WARMUP_EPOCHS else WARMUP_SHARE * max(epochs, 0)
 
 
 @dataclass(frozen=True)
@@ -237,8 +367,8 @@ class ScheduleConfig:
     """Passes over the training images, warm-up and cool-down among them."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""
-    warmup_epochs: float = 5
-    """Length of the linear warm-up in epochs."""
+    warmup_epochs: float | None = None
+    """Length of the linear warm-up in epochs; if not given 5, or a twentieth of a run that is too short for that."""
     warmup_lr: float = 1e-6
     """Learning rate at which the warm-up starts."""
     cooldown_epochs: int = 0
@@ -249,15 +379,23 @@ class ScheduleConfig:
     """Let --lr-base-size scale --warmup-lr and --min-lr too."""
 
     def __post_init__(self):
-        _check(self.epochs >= 1, f"--epochs {self.epochs}: must be at least 1")
-        _check(self.cooldown_epochs >= 0, f"--cooldown-epochs {self.cooldown_epochs}: must be at least 0")
+        intervals = {"epochs": "[1, inf)", "cooldown_epochs": "[0, inf)"}
+        check_fields(self, **intervals, warmup_epochs="[0, inf)", warmup_lr="[0, inf)", min_lr="[0, inf)")
         _check(
             self.cooldown_epochs == 0 or self.schedule != "constant",
             "--cooldown-epochs stay at --min-lr, which --schedule constant does not reach: leave them out",
         )
+        _check(
+            self.cooldown_epochs < self.epochs,
+            f"--cooldown-epochs {self.cooldown_epochs} leave nothing of --epochs {self.epochs}: "
+            "lower the one or raise the other",
+        )
+        if self.warmup_epochs is None:
+            # A frozen dataclass has no other way to settle a default that depends on another field.
+            object.__setattr__(self, "warmup_epochs", default_warmup(self.epochs - self.cooldown_epochs))
         cooldown = f" with --cooldown-epochs {self.cooldown_epochs}" if self.cooldown_epochs else ""
         _check(
-            0 <= self.warmup_epochs < self.epochs - self.cooldown_epochs,
+            self.warmup_epochs < self.epochs - self.cooldown_epochs,
             f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}{cooldown}: "
             "lower it or raise --epochs",
         )
@@ -315,17 +453,21 @@ class RunConfig:
     """At the end, draw report.png: curves, predictions and attention maps."""
 
     def __post_init__(self):
-        _check(self.log_interval >= 1, f"--log-interval {self.log_interval}: must be at least 1")
-        for name in ("save_interval", "save_epochs", "keep"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
-        for name in ("threads", "profile"):
-            _check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must be at least 0")
+        check_fields(
+            self,
+            seed="[0, inf)",
+            threads="[0, 4096]",
+            ema_decay="(0, 1)",
+            save_interval="[1, inf)",
+            save_epochs="[1, inf)",
+            keep="[1, inf)",
+            log_interval="[1, inf)",
+            profile="[0, inf)",
+        )
         _check(
             self.parallel == "fsdp" or not self.sharded_checkpoints,
             "--sharded-checkpoints writes shares that only --parallel fsdp has: add it, or leave the flag out",
         )
-        _check(self.ema_decay is None or 0 < self.ema_decay < 1, f"--ema-decay {self.ema_decay}: must lie in (0, 1)")
         _check(
             self.ema_decay is not None or not self.ema_warmup,
             "--ema-warmup warms up the decay of an average that is off: set --ema-decay",

@@ -13,6 +13,7 @@ from torchvision import transforms
 
 from .config import AugmentationConfig, DataConfig
 from .distributed import World
+from .errors import UserError, first_line
 from .images import Images, UnreadableImage
 from .loader import IGNORED_TARGET, Batches, BrokenImages, NoReplacement, resolve_workers
 from .order import EvalSampler, SampleKey, TrainSampler
@@ -96,7 +97,46 @@ class InputSpec(NamedTuple):
 def train_transform(config: AugmentationConfig, spec: InputSpec) -> Callable[[Image.Image], Tensor]:
     """PIL image -> uint8 tensor of shape (3, H, W), with random changes; erasing and mixing follow on the device."""
     has_timm_crop = config.crop in ("rrc", "rkrr", "rkrc")
-    crop, change, to_tensor = create_transform(
+    try:
+        crop, change, to_tensor = _create_train_transform(config, spec, has_timm_crop)
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--auto-augment {config.auto_augment}: {_reason(error)}; {_POLICIES}") from error
+    if not has_timm_crop:
+        crop = transforms.Compose(_resize_and_shift(config, spec))
+    _allow_zero_bits(change)
+    return transforms.Compose([crop, change, to_tensor])
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error) if str(error) else "no policy of timm"
+
+
+_POLICIES = "such as rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original or v0"
+
+
+def check_augmentation(config: AugmentationConfig) -> None:
+    """Refuse what timm does not take for a policy, before the data is opened.
+
+    Raises:
+        UserError: an unknown policy, or one with a part that timm cannot read or apply.
+    """
+    kind, *parts = (config.auto_augment or "").split("-")
+    for part in parts:
+        # timm passes over a part without a number, but for the name of RandAugment's set of transforms.
+        if not any(character.isdigit() for character in part) and not (kind == "rand" and part.startswith("t")):
+            raise UserError(f"--auto-augment {config.auto_augment}: {part!r} has no number; {_POLICIES}")
+    if config.auto_augment == "":
+        raise UserError(f"--auto-augment is empty; give a policy, {_POLICIES}")
+    spec = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875)
+    transform = train_transform(config, spec)
+    try:
+        transform(Image.new("RGB", (32, 32)))
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--auto-augment {config.auto_augment}: {_reason(error)}; {_POLICIES}") from error
+
+
+def _create_train_transform(config: AugmentationConfig, spec: InputSpec, has_timm_crop: bool) -> list[Callable]:
+    return create_transform(
         (3, *spec.img_size),
         is_training=True,
         train_crop_mode=config.crop if has_timm_crop else None,
@@ -110,10 +150,6 @@ def train_transform(config: AugmentationConfig, spec: InputSpec) -> Callable[[Im
         use_prefetcher=True,
         separate=True,
     )
-    if not has_timm_crop:
-        crop = transforms.Compose(_resize_and_shift(config, spec))
-    _allow_zero_bits(change)
-    return transforms.Compose([crop, change, to_tensor])
 
 
 def _allow_zero_bits(change: transforms.Compose) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
-from .errors import UserError
+from .errors import RunStopped, UserError, first_line
 
 
 class Arrival:
@@ -108,11 +108,43 @@ def join_world(device: str, needs_group: bool = False) -> World:
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    joined = init_distributed_device_so(device, dist_url=_meeting_point())
+    check_environment()
+    try:
+        joined = init_distributed_device_so(device, dist_url=_meeting_point())
+    except (dist.DistError, ValueError) as error:
+        raise RunStopped(f"the processes cannot find each other: {first_line(error)}") from error
     if needs_group and not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(torch.device(joined["device"]), joined["global_rank"], joined["local_rank"], joined["world_size"])
+
+
+_COUNTERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+
+
+def check_environment() -> None:
+    """Refuse variables that torchrun sets and that cannot be its own.
+
+    Raises:
+        UserError: one is no number, a rank is not below its number of processes, or one is missing.
+    """
+    numbers = {name: os.environ[name] for name in _COUNTERS if name in os.environ}
+    for name, text in numbers.items():
+        if not text.isdecimal():
+            raise UserError(f"the environment variable {name} is {text!r}: expected a number, as torchrun sets it")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in numbers and size in numbers and int(numbers[rank]) >= int(numbers[size]):
+            raise UserError(
+                f"the environment variables {rank}={numbers[rank]} and {size}={numbers[size]} contradict each other: "
+                f"{rank} counts from 0; start the processes with torchrun"
+            )
+    if int(numbers.get("WORLD_SIZE", 1)) > 1 and "SLURM_PROCID" not in os.environ:
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"the environment variable WORLD_SIZE is {numbers['WORLD_SIZE']}, but {', '.join(missing)} is not set: "
+                "start the processes with torchrun, or unset WORLD_SIZE"
+            )
 
 
 def _meeting_point() -> str:

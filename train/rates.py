@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import tyro
-
-from .config import TrainConfig
-from .errors import UserError
+from .command import parse_options
+from .config import TrainConfig, check_fields
 from .recipe import RECIPES, list_recipes, read_recipe
 
 
@@ -22,10 +20,7 @@ class RecipesArguments:
     """Show the traceback of an error."""
 
     def __post_init__(self):
-        for name in ("processes", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        check_fields(self, processes="[1, inf)", batch_size="[1, inf)")
 
 
 def images_per_update(config: TrainConfig, processes: int) -> int:
@@ -51,7 +46,7 @@ def scale_rates(config: TrainConfig, processes: int) -> TrainConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``vicinal recipes``; returns its exit code."""
-    arguments = tyro.cli(RecipesArguments, prog="vicinal recipes", args=list(argv))
+    arguments = parse_options(RecipesArguments, "vicinal recipes", argv)
     print(f"{'recipe':<42}{'model':<30}{'epochs':>7}{'images/update':>15}{'lr':>11}{'warm-up':>11}{'lowest':>11}")
     for path in list_recipes():
         config = TrainConfig(**read_recipe(path))

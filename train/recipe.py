@@ -1,6 +1,7 @@
 """YAML recipes: found, checked against the dataclasses, merged below the command line, and written back."""
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,10 @@ import tyro
 import yaml
 
 from ..checkpoints import write_atomically
-from .config import SECTIONS, TrainConfig, parse_scalar
+from .command import parse_options
+from .config import SECTIONS, ScheduleConfig, TrainConfig, parse_scalar
 from .errors import UserError, first_line, nearest
+from .strict_yaml import load_yaml
 
 RECIPES = Path(__file__).parent.parent / "configs"
 
@@ -29,6 +32,8 @@ class TrainArguments(TrainConfig):
     """Build everything, make one update, show shapes, size, cost, memory and the schedule, and end."""
     overfit_batch: int = 0
     """Make so many updates on the first batch alone, say whether it is learnt by heart, and end."""
+    notes: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What was not done as the recipe or the defaults have it, to be said."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,26 +53,61 @@ def parse_arguments(argv: Sequence[str]) -> TrainConfig:
 
 def parse_command(argv: Sequence[str]) -> TrainArguments:
     """Read the command line of ``vicinal train``, its recipe merged below it."""
-    recipe = find_config_argument(argv)
-    sections = read_recipe(find_recipe(recipe)) if recipe else {}
-    return tyro.cli(
+    recipe = find_argument("--config", argv)
+    sections = read_recipe(find_recipe(recipe)) if recipe is not None else {}
+    schedule, notes = _fit_schedule(sections.get("schedule", ScheduleConfig()), argv)
+    return parse_options(
         TrainArguments,
-        prog="vicinal train",
-        args=list(argv),
-        default=TrainArguments(**sections, config=recipe),
+        "vicinal train",
+        argv,
+        default=TrainArguments(**{**sections, "schedule": schedule}, config=recipe, notes=notes),
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
-def find_config_argument(argv: Sequence[str]) -> str | None:
-    """The value of ``--config``, needed before the rest is parsed because it sets the defaults."""
+def find_argument(flag: str, argv: Sequence[str]) -> str | None:
+    """The last value of a flag that is needed before the rest is parsed, because defaults go by it."""
     value = None
     for position, argument in enumerate(argv):
-        if argument.startswith("--config="):
-            value = argument.partition("=")[2]
-        elif argument == "--config" and position + 1 < len(argv):
+        name, equals, text = argument.partition("=")
+        if name.replace("_", "-") != flag:
+            continue
+        if equals:
+            value = text
+        elif position + 1 < len(argv):
             value = argv[position + 1]
     return value
+
+
+def _fit_schedule(schedule: ScheduleConfig, argv: Sequence[str]) -> tuple[ScheduleConfig, tuple[str, ...]]:
+    """The schedule below a command line, its warm-up and cool-down shortened where ``--epochs`` leaves them no room.
+
+    They keep their share of the run. What the command line gives stays, and is refused later if it does not fit.
+
+    Returns:
+        The schedule, and what to say about it.
+    """
+    flags = {name: find_argument(f"--{name.replace('_', '-')}", argv) for name in ("epochs", "cooldown_epochs")}
+    if not all(text is None or text.isdecimal() for text in flags.values()):
+        return schedule, ()
+    given = {name: int(text) for name, text in flags.items() if text is not None}
+    epochs = given.get("epochs", schedule.epochs)
+    cooldown = given.get("cooldown_epochs", schedule.cooldown_epochs)
+    if schedule.warmup_epochs + cooldown < epochs or epochs == 0:
+        return schedule, ()
+    if "cooldown_epochs" not in given:
+        cooldown = schedule.cooldown_epochs * epochs // schedule.epochs
+    share = schedule.warmup_epochs / (schedule.epochs - schedule.cooldown_epochs)
+    fitted = {"warmup_epochs": share * max(epochs - cooldown, 0), "cooldown_epochs": cooldown}
+    beside = f" with --cooldown-epochs {cooldown}" if "cooldown_epochs" in given else ""
+    notes = [
+        f"{flag} {getattr(schedule, name):g} does not fit in --epochs {epochs}{beside}: {value:g} in its place"
+        for name, value in fitted.items()
+        if find_argument(flag := f"--{name.replace('_', '-')}", argv) is None and value != getattr(schedule, name)
+    ]
+    if cooldown >= epochs:
+        return schedule, ()
+    return dataclasses.replace(schedule, epochs=epochs, **fitted), tuple(notes)
 
 
 def find_recipe(name: str) -> Path:
@@ -75,9 +115,14 @@ def find_recipe(name: str) -> Path:
     places = (RECIPES, RECIPES / "imagenet")
     candidates = [Path(name), *(place / f"{name}{end}" for place in places for end in ("", ".yaml"))]
     candidates.append(RECIPES / Path(*Path(name).parts[1:]))
-    for path in candidates:
-        if path.is_file():
-            return path
+    try:
+        for path in candidates:
+            if path.is_file():
+                return path
+    except OSError as error:
+        raise UserError(f"--config {reprlib.repr(name)}: {error.strerror}") from error
+    if name and Path(name).is_dir():
+        raise UserError(f"--config {name}: is a folder; give a recipe in it")
     known = [path.relative_to(RECIPES).as_posix().removesuffix(".yaml") for path in list_recipes()]
     hint = nearest(Path(name).name.removesuffix(".yaml"), [Path(item).name for item in known])
     raise UserError(f"--config {name}: no such file; {hint or 'vicinal recipes lists those of the package'}")
@@ -111,9 +156,13 @@ def _read_merged(path: Path, above: tuple[Path, ...]) -> dict[str, dict[str, Any
         above: the recipes that led here.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # among them that of the encoding
+        raise UserError(f"{path}: not valid YAML: {first_line(error)}") from error
+    if content is None:
+        raise UserError(f"{path}: holds nothing; a recipe has the sections {', '.join(SECTIONS)}")
     content = dict(_require_mapping(content, str(path)))
     base = content.pop("extends", None)
     _refuse_unknown(content, (*SECTIONS, "extends"), str(path))
@@ -153,7 +202,7 @@ def _require_mapping(content: Any, where: str) -> Mapping:
     if content is None:
         return {}
     if not isinstance(content, Mapping):
-        raise UserError(f"{where}: expected a mapping of names to values, got {content!r}")
+        raise UserError(f"{where}: expected a mapping of names to values, got {reprlib.repr(content)}")
     return content
 
 
@@ -161,7 +210,7 @@ def _refuse_unknown(content: Mapping, allowed: typing.Iterable[str], where: str)
     for key in content:
         if key not in allowed:
             hint = nearest(str(key), allowed, count=1) or f"allowed: {', '.join(allowed)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+            raise UserError(f"{where}: unknown key {reprlib.repr(key)}; {hint}")
 
 
 def _read_section(section: type, content: Any, where: str) -> Any:
@@ -189,11 +238,13 @@ def _coerce(value: Any, expected: Any, where: str) -> Any:
         return value
     if expected is float:
         value = parse_scalar(value) if isinstance(value, str) else value
+        # An integer beyond what a float holds stays one, for the field's own check.
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            return float(value) if abs(value) < 2**1023 or isinstance(value, float) else value
     if expected in (int, str, bool) and type(value) is expected:
         return value
     wanted = (
         f"one of {', '.join(map(str, arguments))}" if origin is Literal else getattr(expected, "__name__", expected)
     )
-    raise UserError(f"{where}: expected {wanted}, got {value!r}")
+    hint = nearest(str(value), map(str, arguments), count=1) if origin is Literal else ""
+    raise UserError(f"{where}: expected {wanted}, got {reprlib.repr(value)}" + (f"; {hint}" if hint else ""))

@@ -15,6 +15,8 @@ import tyro
 from PIL import Image, ImageDraw
 
 from ..checkpoints import write_atomically
+from .command import parse_options
+from .config import check_fields
 from .errors import UserError
 from .outputs import check_output_folder
 
@@ -44,8 +46,7 @@ class ShapesConfig:
     def __post_init__(self):
         if self.img_size < 32:
             raise UserError(f"--img-size {self.img_size}: must be at least 32, or the shapes vanish")
-        if min(self.train_images, self.val_images) < 1:
-            raise UserError("--train-images and --val-images must be at least 1")
+        check_fields(self, train_images="[1, inf)", val_images="[1, inf)", seed="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Shape:
 
 def main(argv: Sequence[str]) -> int:
     """``vicinal shapes``; returns the exit code."""
-    config = tyro.cli(ShapesConfig, prog="vicinal shapes", args=list(argv))
+    config = parse_options(ShapesConfig, "vicinal shapes", argv)
     write_scenes(config)
     print(f"scenes: {config.output}")
     return 0

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from vicinal.eval import bench, bench_ops, ops_cases
 from vicinal.eval.measure import peak_bytes
+from vicinal.train.errors import UserError
 
 
 @pytest.mark.parametrize("op", bench_ops.SHAPES)
@@ -95,8 +96,14 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["operators"]) == 2
     assert bench.main(["--help"]) == 0
     assert "vicinal bench ops" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        bench.main(["ops", "--repeats", "0"])
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            bench.main(["ops", "--device", "cuda"])
+    for arguments, message in {
+        ("--repeats", "0"): "--repeats 0: must be at least 1",
+        ("--op", "window"): "--op window: must be one of all, neighborhood_attention, window_attention",
+        ("--without", "refrence"): "--without refrence: .* did you mean reference?",
+        ("--csv", "times.json"): "--csv times.json: .*; give times.csv",
+        **({} if torch.cuda.is_available() else {("--device", "cuda"): "--device cuda: torch finds no GPU here"}),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            bench.main(["ops", *arguments])
+    assert bench.main(["opps"]) == 2
+    assert capsys.readouterr().err.strip().endswith("unknown benchmark 'opps'; did you mean ops?")

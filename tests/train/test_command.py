@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -52,3 +53,56 @@ def test_a_pipe_that_breaks_elsewhere_is_a_fault(tmp_path):
 
     with pytest.raises(BrokenPipeError), open(tmp_path / "read", "w") as output, redirect_stdout(output):
         run_command(write_to_a_worker_that_is_gone, [])
+
+
+COMMANDS = [
+    *(["train"], ["eval"], ["recipes"], ["data", "check"], ["plot"], ["report"], ["models"], ["doctor"], ["shapes"]),
+    *(["bench", "ops"], ["bench", "models"], ["bench", "train"]),
+    *([task, action] for task in ("detect", "segment") for action in ("train", "test", "show")),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_takes_help_and_refuses_what_it_does_not_know(command, capsys):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, flag])
+        assert stopped.value.code == 0
+        assert f"usage: vicinal {' '.join(command)} " in capsys.readouterr().out
+    assert main([*command, "x", "--no-such-option"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert "--no-such-option" in line
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", [["bench"], ["data"], ["detect"], ["segment"], []], ids=" ".join)
+def test_groups_of_commands_list_them(command, capsys):
+    for flag in ("--help", "-h"):
+        assert main([*command, flag]) == 0
+        assert capsys.readouterr().out.startswith("usage: vicinal ")
+    if command:
+        assert main([*command, "nothing"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "'nothing'" in line
+
+
+def test_help_of_a_command_by_its_name(capsys):
+    assert main(["help"]) == 0
+    assert "commands:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["help", "recipes"])
+    assert stopped.value.code == 0
+    assert "usage: vicinal recipes" in capsys.readouterr().out
+    assert main(["help", "recipse"]) == 2
+    assert "did you mean recipes?" in capsys.readouterr().err
+
+
+def test_help_whose_reader_is_gone(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as output, redirect_stdout(output):
+        assert main(["--help"]) == 141
+        # What Python still holds of it must not raise again when the file is closed.
+        output.flush()

@@ -225,7 +225,7 @@ def test_published_norms_are_those_of_their_stage():
     backbone.load_state_dict(converted)
 
 
-def test_images_are_padded_at_the_right_and_the_bottom():
+def test_a_padded_image_gives_the_maps_of_one_padded_by_hand():
     backbone = VicinalBackbone("nat_pico", input_multiple=32).eval()
     x = torch.randn(1, 3, 50, 70)
     maps = backbone(x)
