@@ -345,6 +345,13 @@ def test_layouts_of_the_output_gradient(arrange: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("scores", [1, 20_000])
+def test_pieces_of_any_size(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of equal tiles are halved along both axes, down to single tiles."""
+    monkeypatch.setattr(tiled, "SCORES_IN_CACHE", scores)
+    assert_accurate(Case((36, 44), 3, dilation=(1, 2), batch=3))
+
+
 @pytest.mark.parametrize("name", ["reference", "tiled"])
 def test_empty_batch(name: str) -> None:
     case = Case((9, 8), 3, batch=0)
