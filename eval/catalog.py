@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..train.command import refuse_options
-from ..train.errors import UserError, nearest
+from ..command import refuse_options
+from ..errors import UserError, nearest
 
 MARKDOWN_HEADER = "| model | input | params, M | MACs, G | published top-1, % |\n|---|---|---|---|---|"
 

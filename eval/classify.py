@@ -16,17 +16,17 @@ from torch import nn
 from .. import zoo  # noqa: F401  registers our models with timm
 from ..checkpoints import write_atomically
 from ..checkpoints.files import CONFIG_NAME
-from ..train.command import parse_options
+from ..command import parse_options
+from ..errors import UserError, first_line
+from ..outputs import check_output_file
 from ..train.config import DataConfig
-from ..train.data import InputSpec, Preprocess, eval_batches
-from ..train.distributed import World, join_world, leave_world
-from ..train.errors import UserError, first_line
+from ..train.data.images import IN_MEMORY, Images, Selection, open_images
+from ..train.data.transforms import InputSpec, Preprocess, eval_batches
 from ..train.evaluate import evaluate
-from ..train.folder import find_best
-from ..train.images import IN_MEMORY, Images, Selection, open_images
-from ..train.outputs import check_output_file
 from ..train.recipe import as_plain, read_recipe
-from ..train.resume import describe_changes
+from ..train.run.folder import find_best
+from ..train.run.resume import describe_changes
+from ..train.run.world import World, join_world, leave_world
 from ..train.trial import check_forward
 from ..train.weights import check_model_folder, strict_loading
 

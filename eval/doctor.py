@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
+from ..command import refuse_options
 from ..kernels import (
     aggregated_attention,
     explain,
@@ -17,7 +18,6 @@ from ..kernels import (
     routed_attention,
     window_attention,
 )
-from ..train.command import refuse_options
 
 PACKAGES = ("vicinal", "torch", "triton", "timm", "torchvision")
 DTYPES = (torch.float32, torch.bfloat16)

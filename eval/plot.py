@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..checkpoints import write_atomically
-from ..train.command import parse_options
-from ..train.errors import UserError, first_line, require_packages
-from ..train.log import read_records
-from ..train.outputs import check_output_file
+from ..command import parse_options
+from ..errors import UserError, first_line, require_packages
+from ..outputs import check_output_file
+from ..train.run.log import read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

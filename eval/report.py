@@ -11,14 +11,14 @@ import tyro
 from torch import Tensor, nn
 
 from ..checkpoints import write_atomically
-from ..train.command import parse_options
+from ..command import parse_options
+from ..errors import UserError, require_packages
+from ..outputs import check_output_file
 from ..train.config import TrainConfig
-from ..train.data import InputSpec, Preprocess, eval_transform
-from ..train.errors import UserError, require_packages
-from ..train.images import Images, open_images
-from ..train.log import read_records
-from ..train.outputs import check_output_file
+from ..train.data.images import Images, open_images
+from ..train.data.transforms import InputSpec, Preprocess, eval_transform
 from ..train.recipe import read_recipe
+from ..train.run.log import read_records
 from ..train.trial import check_forward
 from .attend import AttentionRecord, record_attention
 from .classify import find_model, load_model

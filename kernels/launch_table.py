@@ -1,4 +1,6 @@
-"""Launch parameters of the Triton kernels by architecture, written by ``python -m vicinal.eval.tune``.
+"""Launch parameters of the Triton kernels by architecture.
+
+``python -m vicinal.eval.bench.tune`` writes them.
 
 Each entry is {kernel: {bytes of an element: {head_dim padded to a power of two: (block, warps, stages)}}}.
 """

@@ -36,7 +36,7 @@ def imported_rooms(path: Path) -> set[str]:
         bare = {target[0] for target in targets} & set(ALLOWED)
         assert not bare, f"{path}: imports {bare} by a bare name"
     # python -m vicinal.train is another spelling of the root command
-    shared = {"__version__", "timm_internals", "torch_internals"}
+    shared = {"__version__", "command", "errors", "outputs", "timm_internals", "torch_internals"}
     return rooms - shared - ({"__main__"} if path.name == "__main__.py" else set())
 
 

@@ -19,13 +19,13 @@ from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 from torch import nn
 
 from .. import zoo  # noqa: F401  registers our models with timm
+from ..errors import UserError, first_line, nearest
 from .config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from .data import InputSpec
-from .distributed import World
-from .errors import UserError, first_line, nearest
+from .data.transforms import InputSpec
 from .probe import attach_attentive_head, freeze
-from .randomness import seed_all, stream_seed
-from .sharding import ShardedTask, is_whole_on_meta
+from .run.fsdp import ShardedTask, is_whole_on_meta
+from .run.randomness import seed_all, stream_seed
+from .run.world import World
 from .weights import check_model_folder, describe_classes, locate_weights, strict_loading
 
 

@@ -16,13 +16,13 @@ from .build import (
     resolve_precision,
 )
 from .config import TrainConfig
-from .data import InputSpec, Preprocess, check_augmentation, eval_batches, train_batches
-from .distributed import World
-from .images import open_images
-from .loader import Batches, BrokenImages
-from .randomness import seed_all, stream_seed
+from .data.images import open_images
+from .data.loader import Batches, BrokenImages
+from .data.transforms import InputSpec, Preprocess, check_augmentation, eval_batches, train_batches
 from .rates import scale_rates
-from .state import TrainState
+from .run.randomness import seed_all, stream_seed
+from .run.state import TrainState
+from .run.world import World
 from .trial import check_forward
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .errors import UserError, cut, nearest
+from ..errors import UserError, cut, nearest
 from .strict_yaml import load_yaml
 
 

@@ -4,10 +4,10 @@ import torch
 from timm.task import ClassificationEvaluator
 from torch import nn
 
-from .data import Preprocess
-from .distributed import World
-from .errors import UserError
-from .loader import IGNORED_TARGET, Batches
+from ..errors import UserError
+from .data.loader import IGNORED_TARGET, Batches
+from .data.transforms import Preprocess
+from .run.world import World
 
 
 @torch.no_grad()

@@ -12,22 +12,22 @@ from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints import save
+from ..errors import RunPaused, RunStopped, UserError, require_packages
+from ..outputs import check_output_folder
 from .build import autocast, resolve_precision
 from .components import build_components
 from .config import TrainConfig
-from .distributed import World, first_exception, is_restarted
-from .errors import RunPaused, RunStopped, UserError, require_packages
 from .evaluate import evaluate
-from .folder import BEST, RunFolder, copy_checkpoint, find_resume_point
-from .log import MetricsLog, Sink, TensorBoardSink, WandbSink, count_odd_lines, read_records
-from .outputs import check_output_folder
 from .probe import set_training_mode
-from .profiling import UpdateProfiler
 from .recipe import write_recipe
-from .resume import describe_settings
-from .screen import Progress, open_screen, peak_memory
-from .sharding import all_finite
-from .signals import StopRequest
+from .run.folder import BEST, RunFolder, copy_checkpoint, find_resume_point
+from .run.fsdp import all_finite
+from .run.log import MetricsLog, Sink, TensorBoardSink, WandbSink, count_odd_lines, read_records
+from .run.profiling import UpdateProfiler
+from .run.resume import describe_settings
+from .run.screen import Progress, open_screen, peak_memory
+from .run.signals import StopRequest
+from .run.world import World, first_exception, is_restarted
 from .update import Batch, Updater, UpdateReport, groups_of
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .command import parse_options
+from ..command import parse_options
 from .config import TrainConfig, check_fields
 from .recipe import RECIPES, list_recipes, read_recipe
 

@@ -12,9 +12,9 @@ import tyro
 import yaml
 
 from ..checkpoints import write_atomically
-from .command import parse_options
+from ..command import parse_options
+from ..errors import UserError, first_line, nearest
 from .config import SECTIONS, ScheduleConfig, TrainConfig, parse_scalar
-from .errors import UserError, first_line, nearest
 from .strict_yaml import load_yaml
 
 RECIPES = Path(__file__).parent.parent / "configs"

@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .build import autocast
 from .config import TrainConfig
-from .data import Preprocess
-from .distributed import Arrival, World
-from .randomness import seed_all, stream_seed
-from .state import TrainState
+from .data.transforms import Preprocess
+from .run.randomness import seed_all, stream_seed
+from .run.state import TrainState
+from .run.world import Arrival, World
 
 Batch = tuple[Tensor, Tensor]
 

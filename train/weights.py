@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..checkpoints import load
 from ..checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoints.fit import belongs_to, describe_misfit
-from .errors import UserError, first_line
-from .folder import TRAINER_STATE, find_best
+from ..errors import UserError, first_line
+from .run.folder import TRAINER_STATE, find_best
 
 
 def locate_weights(weights: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import timm
 import torch
 
 from vicinal.__main__ import main
-from vicinal.eval import bench_models
-from vicinal.eval.bench_models import COUNTERPARTS, AttentionModules, plain_attention
+from vicinal.eval.bench import models
+from vicinal.eval.bench.models import COUNTERPARTS, AttentionModules, plain_attention
 
 
 def read_table(path: Path, *options: str) -> list[dict[str, str]]:
@@ -77,8 +77,8 @@ def test_what_cannot_be_captured_is_named_and_left_out(
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return 0.25 * repeats
 
-    monkeypatch.setattr(bench_models, "replayed_seconds", replay)
-    times = dict(bench_models._replayed("nat_pico", {"ours": print, "timm": None}, 2))
+    monkeypatch.setattr(models, "replayed_seconds", replay)
+    times = dict(models._replayed("nat_pico", {"ours": print, "timm": None}, 2))
     assert times == {"ours, replayed": 0.5}
     printed = capsys.readouterr().err
     assert "nat_pico, timm: no CUDA graph: operation not permitted when stream is capturing\n" in printed

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from vicinal.eval import bench, bench_ops, ops_cases
-from vicinal.eval.measure import peak_bytes
-from vicinal.train.errors import UserError
+from vicinal.errors import UserError
+from vicinal.eval.bench import command, ops, ops_cases
+from vicinal.eval.bench.measure import peak_bytes
 
 
-@pytest.mark.parametrize("op", bench_ops.SHAPES)
+@pytest.mark.parametrize("op", ops.SHAPES)
 def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.csv"
     arguments = ["ops", "--op", op, "--dtype", "bfloat16", "--repeats", "1", "--shapes", "small", "--csv", str(path)]
-    assert bench.main(arguments) == 0
+    assert command.main(arguments) == 0
     with path.open() as file:
         rows = list(csv.DictReader(file))
     cases = {(row["shape"], row["step"], row["implementation"]) for row in rows}
-    shapes = ["x".join(map(str, shape)) for shape in bench_ops.SHAPES[op]["small"]]
+    shapes = ["x".join(map(str, shape)) for shape in ops.SHAPES[op]["small"]]
     implementations = ("tiled", "reference", "eager")  # fused refuses the CPU
-    assert cases == {(shape, step, name) for shape in shapes for step in bench_ops.STEPS for name in implementations}
+    assert cases == {(shape, step, name) for shape in shapes for step in ops.STEPS for name in implementations}
     for row in rows:
         values = [float(value) for name, value in row.items() if name.startswith(("ms", "ratio", "peak", "floor"))]
         assert len(values) == 6
@@ -35,7 +35,7 @@ def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert printed.count(op) == len(rows)
 
 
-@pytest.mark.parametrize("op", bench_ops.SHAPES)
+@pytest.mark.parametrize("op", ops.SHAPES)
 def test_compared_implementations_agree(op: str) -> None:
     shapes = [(2, 14, 21, 2, 8), (1, 7, 7, 1, 8)] if "window" in op or "neigh" in op else ops_cases.SHAPES[op]["small"]
     for shape in shapes:
@@ -68,7 +68,7 @@ def test_flex_attention_expresses_the_operator(mask: Callable, op: str) -> None:
 def test_compiled_flex_attention_is_measured_forward(tmp_path: Path) -> None:
     path = tmp_path / "bench.csv"
     arguments = ["--op", "window_attention", "--dtype", "float32", "--repeats", "1", "--shapes", "small", "--flex"]
-    assert bench.main(["ops", *arguments, "--csv", str(path)]) == 0
+    assert command.main(["ops", *arguments, "--csv", str(path)]) == 0
     with path.open() as file:
         steps = [row["step"] for row in csv.DictReader(file) if row["implementation"] == "flex"]
     assert steps == ["forward"] * 2
@@ -93,8 +93,8 @@ def test_peak_counts_what_a_call_holds_at_a_time() -> None:
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["operators"]) == 2
-    assert bench.main(["--help"]) == 0
+    assert command.main(["operators"]) == 2
+    assert command.main(["--help"]) == 0
     assert "vicinal bench ops" in capsys.readouterr().out
     for arguments, message in {
         ("--repeats", "0"): "--repeats 0: must be at least 1",
@@ -104,6 +104,6 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         **({} if torch.cuda.is_available() else {("--device", "cuda"): "--device cuda: torch finds no GPU here"}),
     }.items():
         with pytest.raises(UserError, match=message):
-            bench.main(["ops", *arguments])
-    assert bench.main(["opps"]) == 2
+            command.main(["ops", *arguments])
+    assert command.main(["opps"]) == 2
     assert capsys.readouterr().err.strip().endswith("unknown benchmark 'opps'; did you mean ops?")

@@ -9,8 +9,8 @@ from vicinal.__main__ import main
 from vicinal.checkpoints import save_model
 from vicinal.train.build import record_input
 from vicinal.train.config import DataConfig
-from vicinal.train.data import InputSpec
-from vicinal.train.images import open_images
+from vicinal.train.data.images import open_images
+from vicinal.train.data.transforms import InputSpec
 
 
 @pytest.fixture

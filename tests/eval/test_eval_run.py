@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vicinal.__main__ import main
-from vicinal.train.data import EvalDataset
-from vicinal.train.decoding import UnreadableImage
-from vicinal.train.images import FolderImages
+from vicinal.train.data.decode import UnreadableImage
+from vicinal.train.data.images import FolderImages
+from vicinal.train.data.transforms import EvalDataset
 
 LEVELS = {"dark": 20, "grey": 120, "light": 230}
 FLAGS = (

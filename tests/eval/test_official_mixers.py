@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from vicinal.eval.bench_models import AttentionModules
-from vicinal.eval.official_mixers import official_form, official_mixers
+from vicinal.eval.bench.models import AttentionModules
+from vicinal.eval.bench.official_mixers import official_form, official_mixers
 
 
 def modules(name: str, height: int = 64, width: int = 96) -> AttentionModules:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vicinal.eval import performance
+from vicinal.eval.bench import performance
 
 README = Path(__file__).parents[2] / "README.md"
 

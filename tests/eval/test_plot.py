@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.eval.plot import choose_points, draw_curves, labels, points, read_run, smooth
-from vicinal.train.errors import UserError
 
 
 @pytest.fixture

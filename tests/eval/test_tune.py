@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vicinal.eval import tune
-from vicinal.eval.kernel_table import Resources, record_case
+from vicinal.eval.bench import tune
+from vicinal.eval.bench.kernel_table import Resources, record_case
 from vicinal.kernels import launch
 from vicinal.kernels.launch import Parameters
 

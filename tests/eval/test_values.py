@@ -11,30 +11,19 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
-from vicinal.eval import (
-    bench_models,
-    bench_ops,
-    bench_train,
-    catalog,
-    classify,
-    doctor,
-    kernel_table,
-    measure,
-    plot,
-    report,
-    tune,
-)
+from vicinal.errors import UserError
+from vicinal.eval import catalog, classify, doctor, plot, report
 from vicinal.eval.attend import AttentionRecord
-from vicinal.eval.kernel_table import Resources
-from vicinal.eval.measure import Ceilings
+from vicinal.eval.bench import kernel_table, measure, models, ops, train, tune
+from vicinal.eval.bench.kernel_table import Resources
+from vicinal.eval.bench.measure import Ceilings
 from vicinal.kernels import launch
 from vicinal.train.config import DataConfig, TrainConfig
-from vicinal.train.data import InputSpec, Preprocess, eval_batches
-from vicinal.train.distributed import World
-from vicinal.train.errors import UserError
+from vicinal.train.data.images import UnreadableImage
+from vicinal.train.data.loader import BrokenImages
+from vicinal.train.data.transforms import InputSpec, Preprocess, eval_batches
 from vicinal.train.evaluate import evaluate
-from vicinal.train.images import UnreadableImage
-from vicinal.train.loader import BrokenImages
+from vicinal.train.run.world import World
 
 CPU = torch.device("cpu")
 
@@ -226,12 +215,12 @@ def test_peak_on_a_cpu_counts_what_is_held_together_and_not_what_was_before():
 def test_rows_of_an_operator(monkeypatch):
     """At 1 MiB/ms and 1 Gflop/ms; the floor is the larger of the two times."""
     times = {"tiled": 0.004, "reference": 0.01, "eager": 0.002}
-    monkeypatch.setattr(bench_ops, "kernel_times", lambda calls, repeats, device: {name: times[name] for name in calls})
-    monkeypatch.setattr(bench_ops, "peak_bytes", lambda call, device: 3 << 20)
-    options = bench_ops.BenchOptions(op="window_attention", repeats=2, shapes="small")
+    monkeypatch.setattr(ops, "kernel_times", lambda calls, repeats, device: {name: times[name] for name in calls})
+    monkeypatch.setattr(ops, "peak_bytes", lambda call, device: 3 << 20)
+    options = ops.BenchOptions(op="window_attention", repeats=2, shapes="small")
     for flops, larger in ((1e12, "bytes"), (1e3, "flops")):
         ceilings = Ceilings(2**20 * 1e3, flops)
-        rows = list(bench_ops._measure_case("window_attention", (2, 14, 14, 2, 16), "bfloat16", ceilings, options))
+        rows = list(ops._measure_case("window_attention", (2, 14, 14, 2, 16), "bfloat16", ceilings, options))
         assert [(row.step, row.implementation) for row in rows] == [
             (step, name) for step in ("forward", "backward", "forward+backward") for name in times
         ]
@@ -248,18 +237,18 @@ def test_rows_of_an_operator(monkeypatch):
 
 def test_rows_of_a_model(monkeypatch):
     times = {"ours": 0.05, "timm": 0.1}
-    monkeypatch.setattr(bench_models, "step_times", lambda calls, repeats, device: dict(times))
+    monkeypatch.setattr(models, "step_times", lambda calls, repeats, device: dict(times))
     peaks = {"ours": 6 << 20, "timm": 5 << 20}
-    monkeypatch.setattr(bench_models, "peak_bytes", lambda call, device: peaks[call.args[1]])
-    monkeypatch.setattr(bench_models, "_replayed", lambda name, calls, repeats: {"ours, replayed": 0.025}.items())
-    options = bench_models.BenchOptions(batch_size=4)
+    monkeypatch.setattr(models, "peak_bytes", lambda call, device: peaks[call.args[1]])
+    monkeypatch.setattr(models, "_replayed", lambda name, calls, repeats: {"ours, replayed": 0.025}.items())
+    options = models.BenchOptions(batch_size=4)
     object.__setattr__(options, "graphs", True)
     networks = {name: (name, nullcontext) for name in times}
-    rows = list(bench_models.measure_step("net", "training", networks, torch.zeros(4, 3, 16, 24), options))
+    rows = list(models.measure_step("net", "training", networks, torch.zeros(4, 3, 16, 24), options))
     assert rows == [
-        bench_models.Row("net", "4x16x24", "training", "ours", 50.0, 80.0, 1.0, 6.0),
-        bench_models.Row("net", "4x16x24", "training", "timm", 100.0, 40.0, 2.0, 5.0),
-        bench_models.Row("net", "4x16x24", "training", "ours, replayed", 25.0, 160.0, 0.5, 6.0),
+        models.Row("net", "4x16x24", "training", "ours", 50.0, 80.0, 1.0, 6.0),
+        models.Row("net", "4x16x24", "training", "timm", 100.0, 40.0, 2.0, 5.0),
+        models.Row("net", "4x16x24", "training", "ours, replayed", 25.0, 160.0, 0.5, 6.0),
     ]
 
 
@@ -276,7 +265,7 @@ def test_a_step_of_training_has_gradients_and_one_of_inference_none(step, traini
         return nullcontext()
 
     for _ in range(2):
-        bench_models._run(step, model, images, context, dtype)
+        models._run(step, model, images, context, dtype)
     assert seen == [(training, getattr(torch, dtype))] * 2
     assert len(entered) == 2
     if not training:
@@ -290,7 +279,7 @@ def test_a_step_of_training_has_gradients_and_one_of_inference_none(step, traini
 def test_throughput_ratios_of_training_are_of_medians():
     """Of ours over the other: the other's time over ours, of all turns and of each quarter."""
     times = {"ours": [2.0, 2.0, 4.0, 4.0, 1.0, 1.0, 10.0, 2.0], "bare": [1.0, 1.0, 6.0, 6.0, 2.0, 2.0, 3.0, 3.0]}
-    ours, bare = bench_train._rows("loop", "64 x 32 px", 64, times)
+    ours, bare = train._rows("loop", "64 x 32 px", 64, times)
     assert (ours.part, ours.implementation, ours.images) == ("loop", "ours", "64 x 32 px")
     assert (ours.cpu_ms_per_image, ours.throughput_ratio, ours.by_quarters) == (2000 / 64, 1.0, "1.000 to 1.000")
     # Medians 2 and 2.5; by quarters 1/2, 6/4, 2/1 and 3/6.
@@ -300,12 +289,12 @@ def test_throughput_ratios_of_training_are_of_medians():
 def test_every_turn_of_the_loop_is_a_whole_epoch():
     state, seen = SimpleNamespace(position=1400), []
     trainer = SimpleNamespace(state=state, train_epoch=lambda: seen.append(state.position))
-    bench_train._train_epoch(trainer)
+    train._train_epoch(trainer)
     assert seen == [0]
 
 
 def test_a_written_table_holds_all_digits_and_how_it_came_about(tmp_path, monkeypatch, capsys):
-    rows = bench_train._rows("loop", "x", 3, {"ours": [1.0] * 4})
+    rows = train._rows("loop", "x", 3, {"ours": [1.0] * 4})
     monkeypatch.setattr(measure.sys, "argv", ["vicinal", "bench", "train"])
     measure.report(rows, tmp_path / "table.csv")
     header, line = (tmp_path / "table.csv").read_text().splitlines()

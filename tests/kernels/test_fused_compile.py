@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vicinal.eval.kernel_table import (
+from vicinal.eval.bench.kernel_table import (
     ARCHITECTURES,
     CASES,
     DTYPES,

@@ -5,7 +5,7 @@ import json
 import tarfile
 from pathlib import PurePath
 
-from vicinal.train.images import load_digits
+from vicinal.train.data.images import load_digits
 
 TRAIN, HELD_OUT = 500, 40
 

@@ -14,17 +14,17 @@ from PIL import Image
 from pyarrow import parquet
 
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.train.config import AugmentationConfig, DataConfig
-from vicinal.train.data import EvalDataset, InputSpec, Preprocess, TrainDataset, train_batches
-from vicinal.train.decoding import UnreadableImage
-from vicinal.train.distributed import World
-from vicinal.train.errors import UserError
-from vicinal.train.images import open_images
-from vicinal.train.loader import IGNORED_TARGET, BrokenImages, NoReplacement
-from vicinal.train.order import SampleKey
-from vicinal.train.readers import TarImages, WebDatasetImages, read_info
-from vicinal.train.shards import TarShards
-from vicinal.train.streams import StreamImages
+from vicinal.train.data.decode import UnreadableImage
+from vicinal.train.data.images import open_images
+from vicinal.train.data.loader import IGNORED_TARGET, BrokenImages, NoReplacement
+from vicinal.train.data.order import SampleKey
+from vicinal.train.data.readers import TarImages, WebDatasetImages, read_info
+from vicinal.train.data.stream_files import TarShards
+from vicinal.train.data.streams import StreamImages
+from vicinal.train.data.transforms import EvalDataset, InputSpec, Preprocess, TrainDataset, train_batches
+from vicinal.train.run.world import World
 
 CPU = torch.device("cpu")
 SPEC = InputSpec((4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)

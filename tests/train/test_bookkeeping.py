@@ -16,13 +16,13 @@ from timm.task import ClassificationTask
 
 from vicinal.checkpoints import save
 from vicinal.train.config import DataConfig, TrainConfig
-from vicinal.train.data import InputSpec, Preprocess, eval_batches
-from vicinal.train.distributed import World
+from vicinal.train.data.images import ArrayImages
+from vicinal.train.data.transforms import InputSpec, Preprocess, eval_batches
 from vicinal.train.evaluate import evaluate
-from vicinal.train.folder import RunFolder
-from vicinal.train.images import ArrayImages
-from vicinal.train.randomness import stream_seed
-from vicinal.train.state import TrainState
+from vicinal.train.run.folder import RunFolder
+from vicinal.train.run.randomness import stream_seed
+from vicinal.train.run.state import TrainState
+from vicinal.train.run.world import World
 from vicinal.train.update import Updater
 
 ALONE = World(torch.device("cpu"))
@@ -112,7 +112,7 @@ def make_state(seed):
 def test_a_checkpoint_gives_back_every_number_that_it_was_given(tmp_path, monkeypatch):
     """Values that no default has, in each place; a state that holds others takes all of them over."""
     config = {"optimizer": {"optimizer_kwargs": {}, "weight_decay": 0}, "data": {"name": "x"}}
-    monkeypatch.setattr("vicinal.train.state.hold_against", lambda *_: ["said"])
+    monkeypatch.setattr("vicinal.train.run.state.hold_against", lambda *_: ["said"])
     state, other = make_state(0), make_state(1)
     given = {"epoch": 3, "position": 64, "step": 41, "loss_sum": 2.5, "loss_batches": 7, "skips": 2, "broken": ["a"]}
     given |= {"top1": 12.5, "best_top1": 25.0, "best_epoch": 2}

@@ -7,7 +7,7 @@ import pytest
 
 from vicinal import __version__
 from vicinal.__main__ import main
-from vicinal.train.errors import run_command
+from vicinal.errors import run_command
 
 
 def test_alone_it_lists_the_commands(capsys):

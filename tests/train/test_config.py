@@ -6,6 +6,7 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 
+from vicinal.errors import UserError
 from vicinal.train.config import (
     SECTIONS,
     AugmentationConfig,
@@ -17,7 +18,6 @@ from vicinal.train.config import (
     TrainConfig,
     flag_of,
 )
-from vicinal.train.errors import UserError
 from vicinal.train.recipe import (
     find_recipe,
     list_recipes,

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from vicinal.__main__ import main
 from vicinal.eval.classify import find_model
-from vicinal.train.folder import find_best, find_damage
-from vicinal.train.log import read_records
-from vicinal.train.sharding import load_shares, save_shares
+from vicinal.train.run.folder import find_best, find_damage
+from vicinal.train.run.fsdp import load_shares, save_shares
+from vicinal.train.run.log import read_records
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_an_odd_trainer_state_is_one_line(resume, kind):
 
 def sign(folder):
     """A manifest that agrees with the files: whoever changes the one can change the other."""
-    from vicinal.train.folder import digest_files, list_files
+    from vicinal.train.run.folder import digest_files, list_files
 
     names = [name for name in list_files(folder) if name != "manifest.json"]
     (folder / "manifest.json").write_text(json.dumps({"facts": {}, "files": digest_files(folder, names)}))

@@ -5,20 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vicinal.errors import UserError
 from vicinal.train.config import AugmentationConfig, DataConfig
-from vicinal.train.data import (
-    InputSpec,
-    Preprocess,
-    eval_batches,
-    train_batches,
-    train_transform,
-)
-from vicinal.train.distributed import World
-from vicinal.train.errors import UserError
-from vicinal.train.images import FolderImages, UnreadableImage, open_images
-from vicinal.train.loader import resolve_workers
-from vicinal.train.order import EvalSampler, TrainSampler
-from vicinal.train.randomness import seed_host, stream_seed
+from vicinal.train.data.images import FolderImages, UnreadableImage, open_images
+from vicinal.train.data.loader import resolve_workers
+from vicinal.train.data.order import EvalSampler, TrainSampler
+from vicinal.train.data.transforms import InputSpec, Preprocess, eval_batches, train_batches, train_transform
+from vicinal.train.run.randomness import seed_host, stream_seed
+from vicinal.train.run.world import World
 
 CPU = torch.device("cpu")
 SPEC = InputSpec((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)

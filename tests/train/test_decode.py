@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vicinal.train.decode import WHITE, has_image_header, image_suffixes, open_image
-from vicinal.train.decoding import UnreadableImage
+from vicinal.train.data.decode import WHITE, UnreadableImage, has_image_header, image_suffixes, open_image
 
 
 def encode(image, kind, **options):

@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.train.dense import run
 from vicinal.train.dense.check import adapt_config, check_data
 from vicinal.train.dense.configs import prepare, read_config, set_data, set_num_classes
 from vicinal.train.dense.options import DenseData, DenseRun, DenseTrain
 from vicinal.train.dense.seeding import PlacingSampler, seed_images
-from vicinal.train.errors import UserError
 
 DETECT = ["shapes_mask_rcnn_nat_pico", "--threads", "1", "--batch-size", "2"]
 SEGMENT = ["shapes_semantic_fpn_nat_pico", "--threads", "1", "--batch-size", "2"]

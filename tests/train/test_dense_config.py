@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 
+from vicinal.errors import UserError
 from vicinal.train.dense.configs import prepare, read_config
 from vicinal.train.dense.entries import set_entries
 from vicinal.train.dense.options import DenseModel, DenseRun, DenseTrain
@@ -21,7 +22,6 @@ from vicinal.train.dense.record import read_assignments, read_record, registered
 from vicinal.train.dense.resume import compare_with_checkpoint, find_checkpoint, latest_checkpoint, read_resumable
 from vicinal.train.dense.run import check_backbone_weights
 from vicinal.train.dense.schedule import count_iterations, fit_warmup
-from vicinal.train.errors import UserError
 from vicinal.zoo.mmlab.weights import guard, load_starting_weights
 
 DETECT, SEGMENT, EPOCHS = "shapes_mask_rcnn_nat_pico", "shapes_semantic_fpn_nat_pico", "mask_rcnn_nat_mini_1x"

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.train.dense.coco import check_coco_images, read_coco
 from vicinal.train.dense.images import read_image
 from vicinal.train.dense.labels import check_label_maps, check_labels, pair_files, read_class_names, read_labels
-from vicinal.train.errors import UserError
 
 SQUARE = [[2, 3, 12, 3, 12, 8, 2, 8]]
 FILE = {

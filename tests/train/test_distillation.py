@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vicinal.errors import UserError
 from vicinal.train.build import build_model, build_task
 from vicinal.train.config import AugmentationConfig, ModelConfig, RunConfig, TrainConfig
-from vicinal.train.distributed import World
-from vicinal.train.errors import UserError
+from vicinal.train.run.world import World
 
 STUDENT = ("--model", "shvit_pico_vicinal", "--model-kwargs", "distilled=true", "--batch-size", "64")
 

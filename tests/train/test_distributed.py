@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import vicinal.zoo  # noqa: F401  registers the models
-from vicinal.train.sharding import find_blocks
+from vicinal.train.run.fsdp import find_blocks
 
 WORKER = """
 import sys

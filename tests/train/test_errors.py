@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 from vicinal.__main__ import main
+from vicinal.errors import RunStopped, UserError, first_line, require_packages, run_command
 from vicinal.train.components import build_components
 from vicinal.train.config import AugmentationConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from vicinal.train.data import check_augmentation
-from vicinal.train.distributed import World, check_environment
-from vicinal.train.errors import RunStopped, UserError, first_line, require_packages, run_command
+from vicinal.train.data.transforms import check_augmentation
+from vicinal.train.run.world import World, check_environment
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from timm.task import ClassificationTask
 from torch.utils.data import Dataset, Sampler
 
-from vicinal.train.errors import RunStopped
-from vicinal.train.folder import RunFolder, digest_files, find_damage, list_files
-from vicinal.train.loader import MAX_RESTARTS, Batches, BrokenImages
-from vicinal.train.sharding import load_shares, save_shares
+from vicinal.errors import RunStopped
+from vicinal.train.data.loader import MAX_RESTARTS, Batches, BrokenImages
+from vicinal.train.run.folder import RunFolder, digest_files, find_damage, list_files
+from vicinal.train.run.fsdp import load_shares, save_shares
 
 
 def events(folder, name):

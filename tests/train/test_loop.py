@@ -12,9 +12,9 @@ from vicinal.__main__ import main
 from vicinal.train import loop
 from vicinal.train.build import resolve_precision
 from vicinal.train.config import RunConfig
-from vicinal.train.distributed import World
-from vicinal.train.log import EPOCH_FIELDS
 from vicinal.train.recipe import parse_arguments, read_recipe
+from vicinal.train.run.log import EPOCH_FIELDS
+from vicinal.train.run.world import World
 
 
 def weights(folder, name="last"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vicinal.__main__ import main
-from vicinal.train.errors import UserError
-from vicinal.train.outputs import check_output_file, check_output_folder
+from vicinal.errors import UserError
+from vicinal.outputs import check_output_file, check_output_folder
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from layouts import add_file, png
 from PIL import Image
 
 from vicinal.__main__ import main
-from vicinal.train import readers
+from vicinal.errors import UserError
 from vicinal.train.config import DataConfig
-from vicinal.train.errors import UserError
-from vicinal.train.folders import FolderImages
-from vicinal.train.images import ArrayImages, Selection, open_images, split_by_class
-from vicinal.train.splits import group_files, part_of_folder
+from vicinal.train.data import readers
+from vicinal.train.data.folders import FolderImages
+from vicinal.train.data.images import ArrayImages, Selection, open_images, split_by_class
+from vicinal.train.data.splits import group_files, part_of_folder
 
 PNG = png(Image.new("RGB", (4, 4), (9, 9, 9)))
 

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from vicinal.errors import UserError
 from vicinal.train.build import build_model
 from vicinal.train.config import ModelConfig, RunConfig, TrainConfig
-from vicinal.train.errors import UserError
 from vicinal.train.probe import set_training_mode
 from vicinal.zoo.probe import AttentiveProbe, MultiQueryPool
 

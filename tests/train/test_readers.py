@@ -23,12 +23,12 @@ from layouts import (
 from PIL import Image
 
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.train.config import AugmentationConfig, DataConfig
-from vicinal.train.data import InputSpec, eval_transform, train_batches
-from vicinal.train.decoding import UnreadableImage
-from vicinal.train.distributed import World
-from vicinal.train.errors import UserError
-from vicinal.train.images import open_images
+from vicinal.train.data.decode import UnreadableImage
+from vicinal.train.data.images import open_images
+from vicinal.train.data.transforms import InputSpec, eval_transform, train_batches
+from vicinal.train.run.world import World
 
 SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
 

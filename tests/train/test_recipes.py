@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.train.build import build_model, build_optimizer, build_scheduler
 from vicinal.train.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from vicinal.train.distributed import World
-from vicinal.train.errors import UserError
+from vicinal.train.dry_run import dry_run
 from vicinal.train.rates import scale_rates
 from vicinal.train.recipe import find_recipe, list_recipes, read_recipe
-from vicinal.train.rehearse import dry_run
+from vicinal.train.run.world import World
 
 # Published learning rates for 8 x 128 images (times the accumulation that a recipe brings): peak, start of the warm-up,
 # lowest. By the beginning of the recipe's name, the longest that fits.

@@ -10,11 +10,12 @@ import torch
 from launch import assert_identical, weights
 from PIL import Image
 
-from vicinal.train import loop, resume
+from vicinal.errors import UserError
+from vicinal.train import loop
 from vicinal.train.config import SECTIONS, TrainConfig
-from vicinal.train.errors import UserError
-from vicinal.train.folder import RunFolder, find_best, find_damage, read_facts
 from vicinal.train.recipe import as_plain, read_recipe
+from vicinal.train.run import resume
+from vicinal.train.run.folder import RunFolder, find_best, find_damage, read_facts
 from vicinal.train.update import Updater
 
 

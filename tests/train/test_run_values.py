@@ -15,7 +15,8 @@ from torch import nn
 
 import vicinal.zoo  # noqa: F401  registers the models
 from vicinal.checkpoints import save_model
-from vicinal.train import components, distributed, profiling, rehearse, screen, signals
+from vicinal.errors import RunStopped, UserError
+from vicinal.train import components, dry_run
 from vicinal.train.build import (
     autocast,
     build_model,
@@ -34,11 +35,11 @@ from vicinal.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from vicinal.train.distributed import Arrival, World, first_exception, join_world
-from vicinal.train.errors import RunStopped, UserError
-from vicinal.train.log import MetricsLog, TensorBoardSink, read_records
 from vicinal.train.loop import Meter, default_output
 from vicinal.train.probe import freeze, set_training_mode
+from vicinal.train.run import profiling, screen, signals, world
+from vicinal.train.run.log import MetricsLog, TensorBoardSink, read_records
+from vicinal.train.run.world import Arrival, World, first_exception, join_world
 
 CPU = torch.device("cpu")
 ALONE = World(CPU)
@@ -420,7 +421,7 @@ def test_cost_is_counted_in_multiply_accumulates_of_one_image():
         nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Flatten(), nn.BatchNorm1d(8 * 8 * 4), nn.Linear(256, 5)
     )
     # 27 products for each of 8 x 8 x 4 outputs, and 256 for each of 5; batch norm needs evaluation for one image.
-    assert rehearse.count_macs(model.train(), (16, 8), ALONE) == 27 * 8 * 8 * 4 + 256 * 5
+    assert dry_run.count_macs(model.train(), (16, 8), ALONE) == 27 * 8 * 8 * 4 + 256 * 5
 
 
 def test_the_shown_schedule_runs_from_the_first_update_to_the_last():
@@ -436,13 +437,13 @@ def test_the_shown_schedule_runs_from_the_first_update_to_the_last():
         updates_per_epoch=10,
         state=SimpleNamespace(optimizer=optimizer),
     )
-    found = rehearse.learning_rates(config, parts, 4)
+    found = dry_run.learning_rates(config, parts, 4)
     assert found == pytest.approx([0.8, 0.54, 0.28, 0.02], rel=1e-12)
 
 
 def test_bars_of_anything_above_zero_are_seen():
-    assert list(rehearse.draw_bars([0.0, 0.01, 0.5, 1.0], 2)) == ["   █", " ▁██"]
-    assert list(rehearse.draw_bars([0.0, 0.0], 1)) == [""]
+    assert list(dry_run.draw_bars([0.0, 0.01, 0.5, 1.0], 2)) == ["   █", " ▁██"]
+    assert list(dry_run.draw_bars([0.0, 0.0], 1)) == [""]
 
 
 @pytest.mark.parametrize(("right", "passes"), [(8, False), (9, True)])
@@ -473,18 +474,18 @@ def test_nine_tenths_of_a_batch_must_be_recognised(monkeypatch, capsys, right, p
             val_preprocess=lambda *batch: batch,
         )
 
-    monkeypatch.setattr(rehearse, "Updater", Counted)
-    monkeypatch.setattr(rehearse, "build_components", build)
+    monkeypatch.setattr(dry_run, "Updater", Counted)
+    monkeypatch.setattr(dry_run, "build_components", build)
     config = TrainConfig(
         optimizer=OptimizerConfig(accumulation=4), augmentation=AugmentationConfig(mixup=0.8, hflip=0.5)
     )
     line = f"one batch of 10 images, 4 updates: loss 1.0000 to 0.2500, {10 * right}.0 % recognised"
     if passes:
-        rehearse.overfit_batch(config, ALONE, 4)
+        dry_run.overfit_batch(config, ALONE, 4)
         assert capsys.readouterr().out == line + "\n"
     else:
         with pytest.raises(RunStopped, match=line):
-            rehearse.overfit_batch(config, ALONE, 4)
+            dry_run.overfit_batch(config, ALONE, 4)
     assert len(seen) == 4
     assert all(group[0][1] is targets and len(group) == 1 and key == (0, 0) for group, key in seen)
 
@@ -640,11 +641,9 @@ def test_devices_that_are_not_there(monkeypatch, device):
 
 def test_a_process_knows_its_place(monkeypatch):
     joined = {"device": "cpu", "global_rank": 5, "local_rank": 1, "world_size": 8}
-    monkeypatch.setattr(distributed, "init_distributed_device_so", lambda device, dist_url: joined)
+    monkeypatch.setattr(world, "init_distributed_device_so", lambda device, dist_url: joined)
     started = []
-    monkeypatch.setattr(
-        distributed.dist, "init_process_group", lambda backend, **given: started.append((backend, given))
-    )
+    monkeypatch.setattr(world.dist, "init_process_group", lambda backend, **given: started.append((backend, given)))
     assert join_world("cpu") == World(CPU, rank=5, local_rank=1, size=8)
     assert started == []
     join_world("cpu", needs_group=True)
@@ -654,16 +653,16 @@ def test_a_process_knows_its_place(monkeypatch):
 
 def test_a_restart_is_told_by_torchruns_count(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    assert not distributed.is_restarted()
+    assert not world.is_restarted()
     for count, restarted in (("0", False), ("1", True), ("2", True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        assert distributed.is_restarted() == restarted
+        assert world.is_restarted() == restarted
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed._meeting_point() == "env://"
+    assert world._meeting_point() == "env://"
     registered = []
-    monkeypatch.setattr(distributed.dist, "register_rendezvous_handler", lambda *given: registered.append(given[0]))
+    monkeypatch.setattr(world.dist, "register_rendezvous_handler", lambda *given: registered.append(given[0]))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert (distributed._meeting_point(), registered) == ("restarted://", ["restarted"])
+    assert (world._meeting_point(), registered) == ("restarted://", ["restarted"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert distributed._meeting_point() == "env://"
+    assert world._meeting_point() == "env://"

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from vicinal.__main__ import main
-from vicinal.train import screen
-from vicinal.train.rehearse import draw_bars
-from vicinal.train.screen import PlainScreen, Progress, TerminalScreen
+from vicinal.train.dry_run import draw_bars
+from vicinal.train.run import screen
+from vicinal.train.run.screen import PlainScreen, Progress, TerminalScreen
 
 
 def test_dry_run_shows_everything_and_leaves_no_run(train, capsys):

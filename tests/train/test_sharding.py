@@ -7,7 +7,7 @@ from launch import assert_identical, weights
 from torch import nn
 
 import vicinal.zoo  # noqa: F401  registers the models
-from vicinal.train.sharding import is_whole_on_meta
+from vicinal.train.run.fsdp import is_whole_on_meta
 
 COMMON = ("--epochs", 1, "--ema-decay", 0.9, "--clip-grad", 1.0, "--accumulation", 2, "--layer-decay", 0.8)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from vicinal.train.decoding import UnreadableImage
-from vicinal.train.distributed import World
-from vicinal.train.loader import Batches, BrokenImages
-from vicinal.train.order import TrainSampler
-from vicinal.train.shards import Example
-from vicinal.train.streams import StreamImages
+from vicinal.train.data.decode import UnreadableImage
+from vicinal.train.data.loader import Batches, BrokenImages
+from vicinal.train.data.order import TrainSampler
+from vicinal.train.data.stream_files import Example
+from vicinal.train.data.streams import StreamImages
+from vicinal.train.run.world import World
 
 CPU = torch.device("cpu")
 
@@ -171,7 +171,7 @@ class FailingShards(CountedShards):
     ("path", "failures", "is_read"), [("s3://x/0", 2, True), ("s3://x/0", 3, False), ("0", 1, False)]
 )
 def test_shard_behind_a_url_is_opened_again(path, failures, is_read, monkeypatch):
-    monkeypatch.setattr("vicinal.train.streams.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("vicinal.train.data.streams.PAUSES", (0.0, 0.0))
     stream = StreamImages(FailingShards(path, failures), ["only"])
     for index in range(7):
         stream.example(index)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vicinal.train.errors import UserError
+from vicinal.errors import UserError
 from vicinal.train.recipe import find_recipe, parse_arguments, read_recipe
 from vicinal.train.strict_yaml import MOST_NODES, load_yaml
 

@@ -7,10 +7,10 @@ from PIL import Image
 from torchvision import transforms
 
 from vicinal.train.config import AugmentationConfig, DataConfig
-from vicinal.train.data import InputSpec, Preprocess, TrainDataset, eval_transform, train_transform
-from vicinal.train.images import ArrayImages, load_digits
-from vicinal.train.loader import resolve_workers
-from vicinal.train.order import SampleKey
+from vicinal.train.data.images import ArrayImages, load_digits
+from vicinal.train.data.loader import resolve_workers
+from vicinal.train.data.order import SampleKey
+from vicinal.train.data.transforms import InputSpec, Preprocess, TrainDataset, eval_transform, train_transform
 
 CPU = torch.device("cpu")
 WIDE = InputSpec((16, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.5)

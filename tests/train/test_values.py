@@ -24,13 +24,20 @@ from vicinal.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from vicinal.train.data import EvalDataset, InputSpec, Preprocess, TrainDataset, eval_transform, train_transform
-from vicinal.train.distributed import Arrival, World
-from vicinal.train.images import UnreadableImage
-from vicinal.train.loader import IGNORED_TARGET
-from vicinal.train.order import SampleKey
-from vicinal.train.randomness import seed_all, seed_host, stream_seed
-from vicinal.train.state import TrainState
+from vicinal.train.data.images import UnreadableImage
+from vicinal.train.data.loader import IGNORED_TARGET
+from vicinal.train.data.order import SampleKey
+from vicinal.train.data.transforms import (
+    EvalDataset,
+    InputSpec,
+    Preprocess,
+    TrainDataset,
+    eval_transform,
+    train_transform,
+)
+from vicinal.train.run.randomness import seed_all, seed_host, stream_seed
+from vicinal.train.run.state import TrainState
+from vicinal.train.run.world import Arrival, World
 from vicinal.train.update import Updater, groups_of
 
 CPU = torch.device("cpu")

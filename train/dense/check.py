@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from ..errors import UserError, nearest
+from ...errors import UserError, nearest
 from .coco import CocoFile, check_coco_images, read_coco
 from .labels import check_label_maps, pair_files
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, first_line, nearest
+from ...errors import UserError, first_line, nearest
 from .images import SAMPLED, THREADS, check_size, spread
 
 OVERSHOOT = 1.0

@@ -11,8 +11,8 @@ import torch
 from mmengine.config import Config, ConfigDict
 from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 
+from ...errors import UserError, first_line, nearest
 from ...zoo.mmlab.backbone import VicinalBackbone
-from ..errors import UserError, first_line, nearest
 from .coco import read_categories
 from .entries import set_entries
 from .labels import pair_files, read_class_names

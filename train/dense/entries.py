@@ -7,8 +7,8 @@ import mmengine.registry
 from mmengine.config import Config
 from mmengine.registry import Registry, init_default_scope
 
+from ...errors import UserError, nearest
 from ...zoo.mmlab.backbone import VicinalBackbone
-from ..errors import UserError, nearest
 from .record import registered_only
 
 # What MMEngine takes beside the arguments of a component that a mapping describes.

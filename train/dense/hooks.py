@@ -7,7 +7,7 @@ from mmengine.dist import get_rank, master_only
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from ..randomness import seed_all, stream_seed
+from ..run.randomness import seed_all, stream_seed
 
 _FIGURES = ("mAP", "mAP_50", "mIoU", "mAcc", "aAcc")
 

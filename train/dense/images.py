@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..decode import UPRIGHT, image_formats, open_image, read_orientation
-from ..decoding import UnreadableImage
-from ..errors import UserError, first_line
+from ...errors import UserError, first_line
+from ..data.decode import UPRIGHT, UnreadableImage, image_formats, open_image, read_orientation
 
 SAMPLED = 2000
 """Files of a split that are opened before a run, spread evenly; the others are checked when they are loaded."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..decode import image_suffixes, open_stored
-from ..errors import UserError, first_line
+from ...errors import UserError, first_line
+from ..data.decode import image_suffixes, open_stored
 from .images import SAMPLED, THREADS, check_size, image_sizes, spread, turn_upright
 
 IGNORED = 255

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..command import parse_options
+from ...command import parse_options
+from ...errors import UserError
 from ..config import Options
-from ..errors import UserError
 
 PACKAGES = ("mmengine", "mmcv", "mmdet", "mmseg")
 

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
 from ...checkpoints import write_atomically
-from ..errors import UserError, first_line
+from ...errors import UserError, first_line
 
 CONFIG_FILE = "config.py"
 SCOPES = ("mmengine", "mmcv", "mmdet", "mmseg")

@@ -7,8 +7,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ...errors import UserError, first_line
 from ...zoo.mmlab.weights import read_checkpoint
-from ..errors import UserError, first_line
 from .check import COCO_DATASETS, SEGMENTATION_DATASETS, dataset_classes, find_datasets
 from .record import read_assignments
 

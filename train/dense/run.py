@@ -14,11 +14,11 @@ from mmengine.runner import CheckpointLoader, Runner
 from timm.models import get_pretrained_cfg
 
 from ...checkpoints import save
+from ...errors import UserError, first_line
+from ...outputs import check_output_folder
 from ...zoo.mmlab.backbone import VicinalBackbone, is_weight_file
 from ...zoo.mmlab.weights import ATOMIC_BACKEND, guard, load_starting_weights
-from ..distributed import World, join_world, leave_world
-from ..errors import UserError, first_line
-from ..outputs import check_output_folder
+from ..run.world import World, join_world, leave_world
 from .check import adapt_config, check_data
 from .configs import MEASURING, TRAINING, prepare, walk
 from .hooks import Begin, CountedSeeds, Progress

@@ -4,7 +4,7 @@ import math
 
 from mmengine.config import Config, ConfigDict
 
-from ..errors import UserError
+from ...errors import UserError
 
 SHARE = 0.1
 """Largest share of a run that a warm-up takes which nobody asked for."""

@@ -10,7 +10,7 @@ from mmengine.dist import get_rank
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import Dataset, Sampler
 
-from ..randomness import seed_host, stream_seed
+from ..run.randomness import seed_host, stream_seed
 
 
 class PlacedIndex(int):

@@ -11,10 +11,10 @@ from typing import Annotated
 import tyro
 
 from ...checkpoints import write_atomically
-from ..command import parse_options
-from ..decoding import UnreadableImage
-from ..errors import UserError
-from ..outputs import check_output_file
+from ...command import parse_options
+from ...errors import UserError
+from ...outputs import check_output_file
+from ..data.decode import UnreadableImage
 from .coco import CocoFile, check_coco_images, read_coco
 from .images import THREADS, read_image
 from .labels import IGNORED, check_label_maps, pair_files, read_class_names

@@ -1,0 +1,1 @@
+"""``vicinal detect`` and ``vicinal segment`` beyond training: measures and pictures."""
