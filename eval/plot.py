@@ -1,5 +1,6 @@
 """``vicinal plot``: the curves of one run or of several, in one picture."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..checkpoints import write_atomically
 from ..command import parse_options
 from ..errors import UserError, first_line, require_packages
 from ..outputs import check_output_file
-from ..train.run.log import read_records
+from ..train.run.log import count_odd_lines, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,13 +77,18 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there are none, or the file is not one of records.
     """
+    path = Path(folder) / "metrics.jsonl"
     try:
-        found = read_records(Path(folder) / "metrics.jsonl")
+        found, odd = read_records(path), count_odd_lines(path)
         records = [record for record in found if record["event"] in ("step", "epoch")]
         for record in records:
             _check_record(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: metrics.jsonl is not that of a run: {first_line(error)}") from error
+    if odd and not found:
+        raise UserError(f"{folder}: metrics.jsonl is not that of a run: none of its {odd} lines is a record")
+    if odd:
+        print(f"note: {folder}: {odd} lines of metrics.jsonl are no records, and are left out", file=sys.stderr)
     if not records:
         raise UserError(f"{folder}: no records of a run: metrics.jsonl is missing or empty")
     return records

@@ -28,7 +28,8 @@ def check_forward(model: nn.Module, spec: InputSpec, num_classes: int, config: T
         UserError: names the size, the options of the model, or the batch size.
     """
     was_training, size = model.training, "x".join(map(str, spec.img_size))
-    image = torch.zeros(1, 3, *spec.img_size, device=next(model.parameters()).device)
+    parameter = next(model.parameters(), None)
+    image = torch.zeros(1, 3, *spec.img_size, device=None if parameter is None else parameter.device)
     try:
         with _watch_norms(model) as lonely:
             output = model.eval()(image)

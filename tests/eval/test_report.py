@@ -57,7 +57,7 @@ def test_examples_tell_the_truth(run):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"), [({}, "holds no config.yaml"), ({"config.yaml": ""}, "no epoch is finished")]
+    ("files", "message"), [({}, "holds no config.yaml"), ({"config.yaml": "run: {}"}, "no epoch is finished")]
 )
 def test_report_of_no_run_is_one_line(tmp_path, capsys, files, message):
     for name, text in files.items():

@@ -11,7 +11,6 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
-from vicinal.errors import UserError
 from vicinal.eval import catalog, classify, doctor, plot, report
 from vicinal.eval.attend import AttentionRecord
 from vicinal.eval.bench import kernel_table, measure, models, ops, train, tune
@@ -582,28 +581,14 @@ def test_occupancy_goes_by_what_runs_out_first(monkeypatch, registers, shared, o
 
 
 @pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        (["cat", "dog"], None),
-        (["dog", "cat"], "was trained on classes cat..dog"),
-        (["cat"], "has 2 classes, the data 1"),
-    ],
+    ("classes", "targets", "missing"),
+    [(["cat", "dog"], [0, 1, 1], []), (["dog", "cat"], [1, 0, 0], []), (["dog"], [1, 1, 1], ["cat"])],
 )
-def test_classes_must_be_those_of_the_model_in_their_order(classes, message):
+def test_targets_are_the_models_numbers_of_their_classes(classes, targets, missing):
     model = SimpleNamespace(num_classes=2, pretrained_cfg={"label_names": ["cat", "dog"]})
-    images = SimpleNamespace(classes=classes)
-    if message is None:
-        classify.check_classes(model, images, "run")
-        return
-    with pytest.raises(UserError, match=message):
-        classify.check_classes(model, images, "run")
-
-
-def test_a_path_means_itself_then_the_best_then_the_last_model(tmp_path):
-    for place in ("last", "best", "."):
-        (tmp_path / place).mkdir(exist_ok=True)
-        (tmp_path / place / "config.json").touch()
-        assert classify.find_model(str(tmp_path)) == tmp_path / place
+    images = SimpleNamespace(classes=classes, targets=[0, 1, 1] if len(classes) == 2 else [0, 0, 0])
+    matched, lacking = classify.match_classes(model, images, "run")
+    assert (list(matched.targets), lacking) == (targets, missing)
 
 
 def test_a_gpu_is_described_by_name_capability_and_memory(monkeypatch):
