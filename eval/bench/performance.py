@@ -14,7 +14,7 @@ from ...checkpoints import write_atomically
 from ...errors import UserError, run_command
 from ...outputs import check_output_file
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 START = "<!-- speed: made by python -m vicinal.eval.bench.performance README.md -->"
 END = "<!-- end of speed -->"
 Row = dict[str, str]
