@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test test-all lint types format clean
+.PHONY: demo test proofs test-all lint types format clean
+
+# Slow proofs that CI runs besides make test: what found most comes first.
+PROOFS := tests/zoo/test_against_timm.py tests/zoo/test_models.py tests/zoo/test_accelerate.py tests/zoo/test_exporters.py \
+	tests/train/test_resume.py tests/train/test_faults.py tests/train/test_distributed.py tests/train/test_dense.py
 
 $(VENV)/.demo: setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +26,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal
+
+proofs: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PROOFS) -m slow -n 2 --dist worksteal
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
