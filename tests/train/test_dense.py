@@ -111,6 +111,7 @@ def test_places_of_images_go_on_where_a_run_stopped():
     assert [(index, index.place) for index in pickle.loads(pickle.dumps(second))] == [(i, i.place) for i in second]
 
 
+@pytest.mark.slow
 def test_epochs_in_batches_of_one_aspect_ratio_repeat_with_loader_processes(scenes: Path):
     def load(workers: int, epoch: int) -> list[torch.Tensor]:
         """The images of an epoch as the published schedules load them, with the light changes of the first light."""
@@ -171,6 +172,7 @@ def test_a_segmenter_trains_measures_and_draws(scenes: Path, tmp_path: Path, cap
     assert "dtype='bfloat16'" in config
 
 
+@pytest.mark.slow
 def test_a_segmenter_fits_the_scenes_it_sees(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Labels shifted, or off by one, or flipped apart from their images could not be fitted."""
     folder = tmp_path / "run"
@@ -215,6 +217,7 @@ def test_heads_take_another_number_of_classes():
     assert weighted.decode_head.loss_decode.class_weight == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(scenes: Path, tmp_path: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "vicinal", "detect", "train", *DETECT, *own_coco(scenes), "--iterations", "2"]

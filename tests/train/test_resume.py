@@ -28,7 +28,8 @@ def assert_same_run(parts, whole, records):
     assert_identical(weights(parts), weights(whole))
 
 
-@pytest.mark.parametrize("precision", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_killed_inside_an_epoch_and_resumed_on_other_workers(tmp_path, small, train, records, precision):
     """44 batches per epoch make 45 updates of two and one; the kill comes in the second epoch."""
     arguments = (*EVERYTHING, "--precision", precision)

@@ -20,7 +20,9 @@ def test_shares_of_one_process_are_the_whole(train, records):
     assert_identical(weights(shares), weights(whole))
 
 
-@pytest.mark.parametrize("option", [(), ("--sharded-checkpoints",)], ids=["whole", "shares"])
+@pytest.mark.parametrize(
+    "option", [pytest.param((), marks=pytest.mark.slow), ("--sharded-checkpoints",)], ids=["whole", "shares"]
+)
 def test_sharded_run_resumes_bit_for_bit(train, records, capsys, option):
     common = (*COMMON, "--schedule", "constant", "--parallel", "fsdp", *option)
     _, whole = train(*common, "--epochs", 2, output="whole")
@@ -34,6 +36,7 @@ def test_sharded_run_resumes_bit_for_bit(train, records, capsys, option):
         assert "written with --sharded-checkpoints; add --parallel fsdp" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_each_block_is_compiled_by_itself(train, records, monkeypatch):
     compile_module, compiled = nn.Module.compile, []
 
