@@ -14,7 +14,8 @@ commands:
 {commands}
 
 options:
-  --help, --version"""
+  --help, --version
+{debug}"""
 
 # What each command does, and the function that does it, which is imported when it is called.
 COMMANDS = {
@@ -51,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
+    from .errors import DEBUG_HELP
+
     width = max(map(len, COMMANDS))
-    return USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, (what, _) in COMMANDS.items()))
+    commands = "\n".join(f"  {name:{width}}  {what}" for name, (what, _) in COMMANDS.items())
+    return USAGE.format(commands=commands, debug=DEBUG_HELP)
 
 
 def _print(text: str, _: Sequence[str]) -> int:

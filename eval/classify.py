@@ -17,18 +17,18 @@ from .. import zoo  # noqa: F401  registers our models with timm
 from ..checkpoints import write_atomically
 from ..checkpoints.files import CONFIG_NAME
 from ..command import parse_options
-from ..errors import UserError, first_line
+from ..errors import UserError, find_shortage, first_line
 from ..outputs import check_output_file
 from ..train.config import DataConfig
 from ..train.data.images import IN_MEMORY, Images, Selection, open_images
 from ..train.data.transforms import InputSpec, Preprocess, eval_batches
 from ..train.evaluate import evaluate
+from ..train.network.check import check_forward
+from ..train.network.weights import check_model_folder, strict_loading
 from ..train.recipe import as_plain, read_recipe
 from ..train.run.folder import find_best
 from ..train.run.resume import describe_changes
 from ..train.run.world import World, join_world, leave_world
-from ..train.trial import check_forward
-from ..train.weights import check_model_folder, strict_loading
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,6 @@ class EvalArguments:
     """Autocast."""
     json: str | None = None
     """Also write the result to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 # What decides which images are measured, and how they are prepared.
@@ -177,9 +175,9 @@ def load_model(folder: Path) -> nn.Module:
     try:
         with strict_loading(whose, complete=True):
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except UserError:
-        raise
     except Exception as error:  # timm raises whatever its JSON, safetensors and state dict readers do
+        if isinstance(error, UserError) or find_shortage(error):
+            raise
         raise UserError(f"checkpoint {folder}: cannot be loaded: {first_line(error)}") from error
     return model.eval()
 

@@ -36,8 +36,6 @@ class PlotArguments:
     """Folders of runs."""
     output: str = "plot.png"
     """The picture; its suffix chooses the format, such as .png, .svg or .pdf."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def main(argv: Sequence[str]) -> int:

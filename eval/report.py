@@ -17,9 +17,9 @@ from ..outputs import check_output_file
 from ..train.config import TrainConfig
 from ..train.data.images import Images, open_images
 from ..train.data.transforms import InputSpec, Preprocess, eval_transform
+from ..train.network.check import check_forward
 from ..train.recipe import read_recipe
 from ..train.run.log import read_records
-from ..train.trial import check_forward
 from .attend import AttentionRecord, record_attention
 from .classify import find_model, load_model
 
@@ -38,8 +38,6 @@ class ReportArguments:
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of the run."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)

@@ -5,29 +5,14 @@ The string below a field is its ``--help`` text. A field's flag is its name with
 """
 
 import dataclasses
-import math
-import sys
-import typing
 from dataclasses import dataclass, field
-from functools import cache
-from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..errors import UserError, cut, nearest
-from .strict_yaml import load_yaml
-
-
-def parse_scalar(text: str) -> Any:
-    """A value as YAML reads it, and ``1e-3`` as the number that YAML 1.1 takes for a string."""
-    value = load_yaml(text)
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+from ..command import check_fields
+from ..errors import UserError
+from .strict_yaml import parse_scalar
 
 
 def _parse_pairs(items: list[str]) -> dict[str, Any]:
@@ -58,76 +43,6 @@ Options = Annotated[
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-def flag_of(section: type, name: str) -> str:
-    """The command line's flag for a field: its name with dashes, unless tyro is told another one."""
-    hint = typing.get_type_hints(section, include_extras=True)[name]
-    names = [getattr(extra, "name", None) for extra in getattr(hint, "__metadata__", ())]
-    return f"--{next((name for name in names if name), name).replace('_', '-')}"
-
-
-def check_fields(section: Any, **intervals: str) -> None:
-    """Refuse values of a dataclass that its fields do not allow.
-
-    Fields that are None are passed over, and each number of a tuple is looked at by itself.
-
-    Args:
-        section: an instance; a field of a ``Literal`` type takes one of its values.
-        intervals: allowed numbers by field, as ``"(0, 1]"``; a round bracket leaves the bound itself out.
-
-    Raises:
-        UserError: names the flag, what was given and what is allowed.
-    """
-    for name, choices in _choices_of(type(section)).items():
-        value = getattr(section, name)
-        if value not in choices:
-            allowed = [choice for choice in choices if choice is not None]
-            hint = nearest(str(value), allowed, count=1)
-            flag = flag_of(type(section), name)
-            raise UserError(f"{flag} {value}: must be one of {', '.join(allowed)}" + (f"; {hint}" if hint else ""))
-    for name, interval in intervals.items():
-        value = getattr(section, name)
-        for number in value if isinstance(value, (tuple, list)) else [value] * (value is not None):
-            if problem := _explain_number(number, interval, is_whole=_is_whole(type(section), name)):
-                raise UserError(f"{flag_of(type(section), name)} {cut(str(number), 40)}: {problem}")
-
-
-@cache
-def _choices_of(section: type) -> dict[str, tuple]:
-    """The values of each field of a ``Literal`` type, with None where that is allowed too."""
-    found = {}
-    for name, hint in typing.get_type_hints(section).items():
-        parts = [hint, *typing.get_args(hint)]
-        literals = [typing.get_args(part) for part in parts if typing.get_origin(part) is Literal]
-        if literals:
-            found[name] = (*literals[0], *([None] if type(None) in parts else []))
-    return found
-
-
-@cache
-def _is_whole(section: type, name: str) -> bool:
-    return typing.get_type_hints(section)[name] in (int, int | None)
-
-
-_LARGEST_INTEGER = 2**63 - 1
-
-
-def _explain_number(number: Any, interval: str, is_whole: bool) -> str | None:
-    """What is wrong with a number, or None."""
-    if isinstance(number, bool) or not isinstance(number, Integral if is_whole else Real):
-        return f"expected a {'whole ' if is_whole else ''}number"
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    is_above = number > low if interval[0] == "(" else number >= low
-    is_below = number < high if interval[-1] == ")" else number <= high
-    if is_above and is_below and abs(number) <= (_LARGEST_INTEGER if is_whole else sys.float_info.max):
-        return None
-    if high < math.inf:
-        return f"must lie in {interval}"
-    least = "must be positive" if interval[0] == "(" else f"must be at least {low:g}"
-    if is_above:
-        return f"must be at most {_LARGEST_INTEGER}" if is_whole else f"{least} and finite"
-    return least if number < math.inf else f"{least} and finite"
 
 
 _SETTLED_MODEL_OPTIONS = {

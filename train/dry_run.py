@@ -15,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import write_atomically
 from ..errors import RunStopped
-from .build import resolve_precision
-from .components import Components, build_components
+from .build import Components, build_components, resolve_precision
 from .config import AugmentationConfig, TrainConfig
 from .loop import default_output, prepare_process
-from .probe import set_training_mode
+from .network.probe import set_training_mode
 from .run.screen import peak_memory
 from .run.world import World
 from .update import Updater, groups_of

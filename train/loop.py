@@ -14,11 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoints import save
 from ..errors import RunPaused, RunStopped, UserError, require_packages
 from ..outputs import check_output_folder
-from .build import autocast, resolve_precision
-from .components import build_components
+from .build import autocast, build_components, resolve_precision
 from .config import TrainConfig
 from .evaluate import evaluate
-from .probe import set_training_mode
+from .network.probe import set_training_mode
 from .recipe import write_recipe
 from .run.folder import BEST, RunFolder, copy_checkpoint, find_resume_point
 from .run.fsdp import all_finite

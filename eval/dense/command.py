@@ -14,7 +14,8 @@ from ...checkpoints import write_atomically
 from ...command import parse_options
 from ...errors import UserError, first_line, nearest
 from ...outputs import check_output_file
-from ...train.dense.options import DenseData, require_packages, train_command
+from ...train.dense.command import train_command
+from ...train.dense.options import DenseData, require_packages
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -32,8 +33,6 @@ class DenseTest:
     """CPU threads; 0 leaves torch's choice."""
     json: str | None = None
     """Also write the result to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ class DenseShow:
     data: DenseData = field(default_factory=DenseData)
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         if self.count < 1:

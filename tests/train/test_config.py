@@ -6,6 +6,7 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 
+from vicinal.command import flag_of
 from vicinal.errors import UserError
 from vicinal.train.config import (
     SECTIONS,
@@ -16,7 +17,6 @@ from vicinal.train.config import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    flag_of,
 )
 from vicinal.train.recipe import (
     find_recipe,

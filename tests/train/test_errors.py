@@ -13,7 +13,7 @@ from torch import nn
 
 from vicinal.__main__ import main
 from vicinal.errors import RunStopped, UserError, first_line, require_packages, run_command
-from vicinal.train.components import build_components
+from vicinal.train.build import build_components
 from vicinal.train.config import AugmentationConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from vicinal.train.data.transforms import check_augmentation
 from vicinal.train.run.world import World, check_environment
@@ -297,7 +297,7 @@ def test_an_output_that_was_closed_before_the_start(monkeypatch):
     ],
 )
 def test_unknown_policies_are_refused_before_the_data_is_opened(policy, message, monkeypatch):
-    monkeypatch.setattr("vicinal.train.components.open_images", None)
+    monkeypatch.setattr("vicinal.train.build.open_images", None)
     config = TrainConfig(augmentation=AugmentationConfig(auto_augment=policy))
     with pytest.raises(UserError) as caught:
         build_components(config, World(torch.device("cpu")))

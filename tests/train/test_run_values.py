@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from dataclasses import asdict, replace
@@ -14,15 +15,13 @@ import torch
 from torch import nn
 
 import vicinal.zoo  # noqa: F401  registers the models
-from vicinal.checkpoints import save_model
+from vicinal.checkpoints import save, save_model
 from vicinal.errors import RunStopped, UserError
-from vicinal.train import components, dry_run
+from vicinal.train import build, dry_run
 from vicinal.train.build import (
     autocast,
-    build_model,
     build_models,
     build_scheduler,
-    locate_weights,
     memory_format,
     resolve_precision,
 )
@@ -36,7 +35,9 @@ from vicinal.train.config import (
     TrainConfig,
 )
 from vicinal.train.loop import Meter, default_output
-from vicinal.train.probe import freeze, set_training_mode
+from vicinal.train.network.create import build_model
+from vicinal.train.network.probe import freeze, set_training_mode
+from vicinal.train.network.weights import locate_weights
 from vicinal.train.run import profiling, screen, signals, world
 from vicinal.train.run.log import MetricsLog, TensorBoardSink, read_records
 from vicinal.train.run.world import Arrival, World, first_exception, join_world
@@ -107,8 +108,8 @@ def test_defaults_are_the_documented_ones():
         ),
         (
             ScheduleConfig,
-            {"cooldown_epochs": [0, 94]},
-            {"epochs": [0], "cooldown_epochs": [-1, 95], "warmup_epochs": [-1, 100]},
+            {"cooldown_epochs": [0, 99]},
+            {"epochs": [0], "cooldown_epochs": [-1, 100], "warmup_epochs": [-1, 100]},
         ),
         (
             RunConfig,
@@ -161,9 +162,9 @@ def test_either_mixing_makes_targets_soft(mixup, cutmix, mixes):
 
 def parts_of(config, monkeypatch, size=1):
     """The parts, built as one of ``size`` processes, without a process group."""
-    build_task = components.build_task
-    monkeypatch.setattr(components, "build_task", lambda *given: build_task(*given[:-1], ALONE))
-    return components.build_components(config, World(CPU, size=size))
+    build_task = build.build_task
+    monkeypatch.setattr(build, "build_task", lambda *given: build_task(*given[:-1], ALONE))
+    return build.build_components(config, World(CPU, size=size))
 
 
 BASE = TrainConfig(
@@ -267,24 +268,21 @@ def test_repeats_reach_the_order(monkeypatch):
 
 def test_weights_are_the_best_ones_of_a_run(tmp_path):
     """A folder of a model by itself comes before those of a run, and best/ before last/."""
-    for place, classes in (("run/best", 3), ("run/last", 4), ("own", 5)):
+    for place in ("run/best", "run/last", "own"):
         (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "model.safetensors").touch()
-        (tmp_path / place / "config.json").write_text(json.dumps({"num_classes": classes}))
-    (tmp_path / "file.safetensors").touch()
+        save(tmp_path / place / "model.safetensors", {"weight": torch.zeros(1)})
+    save(tmp_path / "file.safetensors", {"weight": torch.zeros(1)})
 
     def found(path):
-        cfg = locate_weights(str(tmp_path / path), "nat_mini")
-        return cfg["file"].removeprefix(f"{tmp_path}/"), cfg["num_classes"]
+        return locate_weights(str(tmp_path / path))["file"].removeprefix(f"{tmp_path}/")
 
-    assert found("run") == ("run/best/model.safetensors", 3)
-    assert found("run/last") == ("run/last/model.safetensors", 4)
-    assert found("own") == ("own/model.safetensors", 5)
-    assert found("file.safetensors") == ("file.safetensors", 1000)
-    (tmp_path / "run" / "best" / "model.safetensors").unlink()
-    assert found("run") == ("run/last/model.safetensors", 4)
-    released = locate_weights("nat_mini", "nat_tiny")
-    assert released["num_classes"] == 1000
+    assert found("run") == "run/best/model.safetensors"
+    assert found("run/last") == "run/last/model.safetensors"
+    assert found("own") == "own/model.safetensors"
+    assert found("file.safetensors") == "file.safetensors"
+    shutil.rmtree(tmp_path / "run" / "best")
+    assert found("run") == "run/last/model.safetensors"
+    released = locate_weights("nat_mini")
     assert "nat_mini" in released["url"] or "nat_mini" in str(released["hf_hub_id"])
 
 
@@ -530,8 +528,10 @@ def test_profile_covers_the_updates_after_five(monkeypatch, tmp_path):
 def test_records_until_a_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [
-        *({"event": "step", "step": 1}, {"event": "step", "step": 2}, {"event": "epoch", "epoch": 1, "step": 2}),
-        *({"event": "skipped", "step": 3}, {"event": "epoch", "epoch": 2, "step": 3}, {"event": "step", "step": 4}),
+        {"event": event, "epoch": epoch, "step": step}
+        for event, epoch, step in (
+            *(("step", 1, 1), ("step", 1, 2), ("epoch", 1, 2), ("skipped", 2, 3), ("epoch", 2, 3), ("step", 3, 4)),
+        )
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "st')
     assert read_records(path) == lines
@@ -545,19 +545,22 @@ def test_records_until_a_checkpoint(tmp_path):
 def test_log_goes_on_after_its_records_and_tells_its_sinks(tmp_path):
     told = []
     sink = SimpleNamespace(add=told.append, close=lambda: told.append("closed"))
-    old = [{"event": "step", "step": 1}, {"event": "epoch", "epoch": 1, "step": 2, "val_top1": 50.0, "lr": 0.5}]
+    old = [
+        {"event": "step", "epoch": 1, "step": 1},
+        {"event": "epoch", "epoch": 1, "step": 2, "val_top1": 50.0, "lr": 0.5},
+    ]
     (tmp_path / "log.jsonl").write_text("what came after the checkpoint\n")
     log = MetricsLog(tmp_path / "log.jsonl", tmp_path / "log.csv", old, [sink])
     new = log.add("epoch", epoch=2, step=4, val_top1=75.0, extra="x")
-    log.add("step", step=5)
+    log.add("step", epoch=3, step=5)
     log.close()
     assert new == {"event": "epoch", "epoch": 2, "step": 4, "val_top1": 75.0, "extra": "x"}
-    assert read_records(tmp_path / "log.jsonl") == [*old, new, {"event": "step", "step": 5}]
+    assert read_records(tmp_path / "log.jsonl") == [*old, new, {"event": "step", "epoch": 3, "step": 5}]
     assert (tmp_path / "log.csv").read_text().splitlines() == [
         "epoch,step,lr,train_loss,val_loss,val_top1,val_top5,val_images,images_per_second,seconds",
         *("1,2,0.5,,,50.0,,,,", "2,4,,,,75.0,,,,"),
     ]
-    assert told == [new, {"event": "step", "step": 5}, "closed"]
+    assert told == [new, {"event": "step", "epoch": 3, "step": 5}, "closed"]
 
 
 def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):

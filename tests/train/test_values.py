@@ -14,7 +14,7 @@ from torch import nn
 
 import vicinal.zoo  # noqa: F401  registers the models
 from vicinal.checkpoints import save_model
-from vicinal.train.build import build_model, build_optimizer, build_scheduler, build_task, record_input
+from vicinal.train.build import build_optimizer, build_scheduler, build_task, record_input
 from vicinal.train.config import (
     AugmentationConfig,
     DataConfig,
@@ -35,6 +35,7 @@ from vicinal.train.data.transforms import (
     eval_transform,
     train_transform,
 )
+from vicinal.train.network.create import build_model
 from vicinal.train.run.randomness import seed_all, seed_host, stream_seed
 from vicinal.train.run.state import TrainState
 from vicinal.train.run.world import Arrival, World

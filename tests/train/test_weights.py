@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from vicinal.__main__ import main
 from vicinal.checkpoints import save_model
 from vicinal.errors import UserError
-from vicinal.train.build import build_model, build_task
+from vicinal.train.build import build_task
 from vicinal.train.config import ModelConfig, TrainConfig
+from vicinal.train.network.create import build_model
 from vicinal.train.run.world import World
 
 FAMILIES = ("nat_pico", "shvit_pico_vicinal", "davit_pico_vicinal", "test_resnet")

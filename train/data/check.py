@@ -11,10 +11,10 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from ...checkpoints import write_atomically
-from ...command import parse_options
+from ...command import check_fields, parse_options
 from ...errors import UserError
 from ...outputs import check_output_file
-from ..config import DataConfig, check_fields
+from ..config import DataConfig
 from ..dense import survey
 from .decode import WHITE, UnreadableImage
 from .images import Images, open_images
@@ -38,8 +38,6 @@ class CheckArguments:
     """Images that are decoded at a time."""
     json: str | None = None
     """Also write the result to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         check_fields(self, threads="[1, 4096]")

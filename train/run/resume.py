@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from ...command import flag_of
 from ...errors import UserError
-from ..config import TrainConfig
+from ..config import SECTIONS, TrainConfig
 from ..data.decode import UnreadableImage
 from ..data.images import Images
 from ..data.streams import StreamImages
+from ..network.weights import describe_classes
 from ..recipe import as_plain
-from ..weights import describe_classes
 
 # Where and how the run computes, and what it leaves behind: they decide no result.
 FREE = {
@@ -144,13 +145,8 @@ def _compare_data(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]
 def describe_changes(was: Mapping[str, Any], now: Mapping[str, Any], fields: Mapping[str, Sequence[str]]) -> list[str]:
     """``--flag VALUE (was VALUE)`` for the fields, by section, in which two configurations differ."""
     return [
-        f"{flag_of(section, name)} {now[section][name]} (was {was[section][name]})"
+        f"{flag_of(SECTIONS[section], name)} {now[section][name]} (was {was[section][name]})"
         for section, names in fields.items()
         for name in names
         if now[section][name] != was[section][name]
     ]
-
-
-def flag_of(section: str, name: str) -> str:
-    """The flag of a field of the configuration."""
-    return f"--{section if name == 'name' else name.replace('_', '-')}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...checkpoints import load, save, save_model, write_atomically
-from ...errors import UserError, first_line
+from ...errors import UserError, find_shortage, first_line
 from .folder import TRAINER_STATE
 from .fsdp import (
     as_wholes,
@@ -202,6 +202,8 @@ class TrainState:
                 self._restore_buffers(load(own))
             self._check_optimizer()
         except Exception as error:  # whatever the readers of torch do with a file that is not what it says
+            if find_shortage(error):
+                raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"--resume {folder}: does not fit this model and optimizer: {reason}") from error
         self._apply_options(fresh, changed_options(progress["settings"], self.settings), folder)
@@ -275,6 +277,8 @@ def _read_progress(path: Path) -> dict[str, Any]:
     try:
         progress = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle makes of itself
+        if find_shortage(error):
+            raise
         raise UserError(f"--resume: cannot read {path}: {first_line(error)}") from error
     if not isinstance(progress, dict) or progress.get("format") != _FORMAT:
         raise UserError(f"--resume: {path} is not a trainer state of this version")
