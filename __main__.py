@@ -121,7 +121,7 @@ def _conclude(outcome, draws_report: bool) -> None:
         from .eval.report import draw_report
 
         draw_report(folder.path)
-    print(f"held-out accuracy: {outcome.top1:.2f} % (best {outcome.best_top1:.2f} % in epoch {outcome.best_epoch})")
+    print(f"val accuracy: {outcome.top1:.2f} % (best {outcome.best_top1:.2f} % in epoch {outcome.best_epoch})")
     print(f"checkpoint: {folder.path / 'best'}")
     if draws_report:
         print(f"picture: {folder.report}")

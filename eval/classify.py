@@ -33,7 +33,7 @@ from ..train.run.world import World, join_world, leave_world
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Measure a checkpoint, every image once: on the held-out images of its run, unless other data is given."""
+    """Measure a checkpoint, every image once: on the val images of its run, unless other data is given."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Folder of a run (its best model), or of a model (model.safetensors and config.json)."""
@@ -114,7 +114,7 @@ def classify(
         arguments: what to measure.
         world: the processes that share it.
         of_run: the data that the checkpoint's run trained on, if it is known.
-        takes_whole: measure all of other data that has no held-out part; else a part is held out.
+        takes_whole: measure all of other data that has no val split; else a val split is cut off.
     """
     folder, note = find_model(arguments.checkpoint)
     notes = [note] if note else []
@@ -145,15 +145,15 @@ def choose_images(data: DataConfig, takes_whole: bool) -> tuple[Images, str]:
 
     Args:
         data: the data set.
-        takes_whole: measure all of a folder that has no held-out part, such as one of test images only.
+        takes_whole: measure all of a folder that has no val split, such as one of test images only.
     """
-    train, held_out = open_images(data)
-    is_cut = isinstance(train, Selection) and isinstance(held_out, Selection) and train.images is held_out.images
+    train, val = open_images(data)
+    is_cut = isinstance(train, Selection) and isinstance(val, Selection) and train.images is val.images
     if not is_cut:
-        return held_out, "held out by the data"
+        return val, "val split of the data"
     if takes_whole and data.name not in IN_MEMORY:
-        return held_out.images, "all of it"
-    return held_out, f"{data.val_fraction:g} of each class, by seed {data.split_seed}"
+        return val.images, "all of it"
+    return val, f"{data.val_fraction:g} of each class, by seed {data.split_seed}"
 
 
 def find_model(path: str) -> tuple[Path, str | None]:

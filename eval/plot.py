@@ -22,15 +22,15 @@ MANY_POINTS = 100
 FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")
 _PANELS = {
     "train_loss": "training loss",
-    "val_loss": "held-out loss",
-    "val_top1": "held-out top-1, %",
+    "val_loss": "val loss",
+    "val_top1": "val top-1, %",
     "lr": "learning rate",
 }
 
 
 @dataclass(frozen=True)
 class PlotArguments:
-    """Draw loss, held-out loss and accuracy, and learning rate of runs over their epochs."""
+    """Draw loss, val loss and accuracy, and learning rate of runs over their epochs."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of runs."""
@@ -98,7 +98,7 @@ def summarize(name: str, records: Sequence[dict[str, Any]]) -> str:
     if not epochs:
         return f"{name}: update {records[-1]['step']}, training loss {records[-1]['train_loss']:.4f}"
     best = max(epochs, key=lambda record: record["val_top1"])
-    return f"{name}: {len(epochs)} epochs, best held-out top-1 {best['val_top1']:.2f} % in epoch {best['epoch']}"
+    return f"{name}: {len(epochs)} epochs, best val top-1 {best['val_top1']:.2f} % in epoch {best['epoch']}"
 
 
 def points(records: Sequence[dict[str, Any]], field: str, by_update: bool = True) -> tuple[list[float], list[float]]:

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import UserError, find_shortage, first_line, nearest
 from .config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from .data.images import open_images
-from .data.loader import Batches, BrokenImages
+from .data.loader import Batches, UnreadableCounter
 from .data.transforms import InputSpec, Preprocess, check_augmentation, eval_batches, train_batches
 from .network.check import check_forward
 from .network.create import build_model, create_model
@@ -31,14 +31,14 @@ from .run.world import World
 
 
 def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[nn.Module, nn.Module | None]:
-    """The network to train and, where that is only a plan on the meta device, the first process's whole one.
+    """The network to train and, where that is only a plan on the meta device, the first process's complete one.
 
     To shard a network without room for all of it in each process, only the first one builds it, on the CPU. A network
-    that cannot be built on the meta device is built whole by each.
+    that cannot be built on the meta device is built completely by each.
     """
     if config.run.parallel == "ddp":
         return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
-    whole = build_model(config.model, config.data.img_size, num_classes) if world.is_primary else None
+    complete = build_model(config.model, config.data.img_size, num_classes) if world.is_primary else None
     plan = replace(config.model, pretrained=False, weights=None)
     try:
         with torch.device("meta"):
@@ -47,8 +47,8 @@ def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[n
     except (UserError, NotImplementedError):
         is_complete = False
     if is_complete:
-        model.weights_note = getattr(whole, "weights_note", None)
-        return _prepare(model, config.run, world), whole
+        model.weights_note = getattr(complete, "weights_note", None)
+        return _prepare(model, config.run, world), complete
     seed_all(stream_seed("weights", config.run.seed))
     return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
 
@@ -76,8 +76,8 @@ def _build_whole_task(model: nn.Module, config: TrainConfig, loss: dict[str, Any
             "--model-kwargs distilled=true"
         )
     teacher = _build_teacher(config.model.teacher, model).to(world.device).requires_grad_(False)
-    share = config.model.teacher_weight
-    weights = {"task_loss_weight": 1 - share, "distill_loss_weight": share}
+    weight = config.model.teacher_weight
+    weights = {"task_loss_weight": 1 - weight, "distill_loss_weight": weight}
     return TokenDistillationTask(model, teacher, distill_type="hard", **weights, **options)
 
 
@@ -200,12 +200,12 @@ class Components:
 
     Attributes:
         spec: the input that the network takes.
-        batches, val_batches: this process's share of the training and of the held-out images.
+        batches, val_batches: this process's part of the training and of the val images.
         preprocess, val_preprocess: their last steps, on the device.
         state: what the run changes.
         scheduler: learning rate by update.
         updates_per_epoch: of a whole epoch on these processes.
-        broken: images that could not be read.
+        unreadable: images that could not be read.
     """
 
     spec: InputSpec
@@ -216,7 +216,7 @@ class Components:
     state: TrainState
     scheduler: Scheduler
     updates_per_epoch: int
-    broken: BrokenImages
+    unreadable: UnreadableCounter
 
 
 def build_components(config: TrainConfig, world: World) -> Components:
@@ -234,8 +234,8 @@ def build_components(config: TrainConfig, world: World) -> Components:
     spec = InputSpec.resolve(config.data, model.pretrained_cfg)
     record_input(model, spec, train_images.classes)
     check_forward(model, spec, num_classes, config)
-    broken = BrokenImages(config.data.max_broken)
-    batches = train_batches(train_images, config.data, config.augmentation, spec, config.run.seed, world, broken)
+    unreadable = UnreadableCounter(config.data.max_unreadable)
+    batches = train_batches(train_images, config.data, config.augmentation, spec, config.run.seed, world, unreadable)
     layout, smoothing = memory_format(config.run), config.optimizer.label_smoothing
     task = build_task(model, source, config, world)
     optimizer = build_optimizer(model, config.optimizer)
@@ -245,11 +245,11 @@ def build_components(config: TrainConfig, world: World) -> Components:
     return Components(
         spec=spec,
         batches=batches,
-        val_batches=eval_batches(val_images, config.data, spec, world, broken),
+        val_batches=eval_batches(val_images, config.data, spec, world, unreadable),
         preprocess=Preprocess(spec, world.device, num_classes, smoothing, config.augmentation, layout),
         val_preprocess=Preprocess(spec, world.device, num_classes, memory_format=layout),
         state=state,
         scheduler=build_scheduler(optimizer, config.schedule, updates_per_epoch),
         updates_per_epoch=updates_per_epoch,
-        broken=broken,
+        unreadable=unreadable,
     )

@@ -76,7 +76,7 @@ class ModelConfig:
     teacher: str | None = None
     """Learn also from this model with its released weights, or from local-dir:FOLDER: its first guesses are targets."""
     teacher_weight: float = 0.5
-    """Share of the teacher in the loss."""
+    """Weight of the teacher in the loss; the labels have the rest."""
     model_kwargs: Options = field(default_factory=dict)
     """Further options of the model, such as kernel_size=5."""
 
@@ -114,9 +114,9 @@ class DataConfig:
     workers: int | None = None
     """Loader processes; if not given, none for data held in memory, else up to 8."""
     val_fraction: float = 0.2
-    """Share of every class that is held out, where the data has no split of its own."""
+    """Fraction of every class that becomes the val split, where the data has none of its own."""
     split_seed: int = 0
-    """Seed of that split; separate from --seed so that runs compare on the same held-out images."""
+    """Seed of that split; separate from --seed so that runs compare on the same val images."""
     mean: tuple[float, float, float] | None = None
     """Channel means in [0, 1]; the model's own if not given."""
     std: tuple[float, float, float] | None = None
@@ -125,7 +125,7 @@ class DataConfig:
     """Resampling at evaluation; the model's own if not given."""
     crop_pct: float | None = None
     """Share of the resized image that the evaluation's centre crop keeps; the model's own if not given."""
-    max_broken: int = 0
+    max_unreadable: int = 0
     """Images of the whole run that may be unreadable: another one takes their place; one more stops the run."""
     num_classes: int | None = None
     """Number of classes, of a stream whose shards do not say it."""
@@ -145,7 +145,7 @@ class DataConfig:
             mean="[0, 1]",
             std="(0, 1]",
             crop_pct="(0, 1]",
-            max_broken="[0, inf)",
+            max_unreadable="[0, inf)",
             num_classes="[1, inf)",
             stream_lanes="[1, inf)",
             shuffle_buffer="[0, inf)",
@@ -343,7 +343,7 @@ class RunConfig:
     deterministic: bool = False
     """Only algorithms of torch that give the same bits each time; needed for exact resume on CUDA, and slower."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """On several processes: a copy of the weights on each (ddp), or shares of every block's (fsdp: fully_shard)."""
+    """On several processes: a copy of the weights on each (ddp), or shards of every block's (fsdp: fully_shard)."""
     ema_decay: float | None = None
     """Evaluate and save the exponential moving average of the weights with this decay."""
     ema_warmup: bool = False
@@ -355,7 +355,7 @@ class RunConfig:
     keep: int = 3
     """How many of those stay, the newest."""
     sharded_checkpoints: bool = False
-    """Under --parallel fsdp: each process writes its shares, not the first one everything."""
+    """Under --parallel fsdp: each process writes its shards, not the first one everything."""
     log_interval: int = 50
     """Updates between two step records in metrics.jsonl."""
     tensorboard: bool = False
@@ -381,7 +381,7 @@ class RunConfig:
         )
         _check(
             self.parallel == "fsdp" or not self.sharded_checkpoints,
-            "--sharded-checkpoints writes shares that only --parallel fsdp has: add it, or leave the flag out",
+            "--sharded-checkpoints writes shards that only --parallel fsdp has: add it, or leave the flag out",
         )
         _check(
             self.ema_decay is not None or not self.ema_warmup,
@@ -407,11 +407,11 @@ class TrainConfig:
         )
         _check(
             self.run.parallel == "ddp" or self.optimizer.clip_grad is None or self.optimizer.clip_mode != "agc",
-            "--clip-mode agc needs whole weights, and --parallel fsdp has shares: use --clip-mode norm",
+            "--clip-mode agc needs full tensors, and --parallel fsdp has shards: use --clip-mode norm",
         )
         _check(
             self.run.parallel == "ddp" or self.model.probe is None,
-            "--probe trains a head only, which needs no shares: use --parallel ddp",
+            "--probe trains a head only, which needs no shards: use --parallel ddp",
         )
         _check(
             self.run.parallel == "ddp" or self.model.teacher is None,

@@ -49,8 +49,8 @@ def dry_run(config: TrainConfig, world: World) -> None:
     images, targets = parts.preprocess(*group[0])
     lines = {
         "model": f"{config.model.name}, {_count(parts.state.model):,} parameters",
-        "cost": f"{macs / 1e9:.3f} G multiply-accumulates per image" if macs is not None else "not counted on shares",
-        "images": f"{parts.batches.sampler.num_images:,} training, {parts.val_batches.sampler.num_images:,} held out, "
+        "cost": f"{macs / 1e9:.3f} G multiply-accumulates per image" if macs is not None else "not counted on shards",
+        "images": f"{parts.batches.sampler.num_images:,} training, {parts.val_batches.sampler.num_images:,} val, "
         f"{parts.state.model.num_classes} classes",
         "input": f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')} on {images.device}; "
         f"targets {tuple(targets.shape)}",

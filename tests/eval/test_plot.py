@@ -36,7 +36,7 @@ def test_several_runs_in_one_picture(run, tmp_path, capsys):
     picture = tmp_path / "out.png"
     assert main(["plot", *map(str, paths), "--output", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "first/run: 3 epochs, best held-out top-1 30.00 % in epoch 3" in out
+    assert "first/run: 3 epochs, best val top-1 30.00 % in epoch 3" in out
     assert "second/run: 2 epochs" in out
     assert Image.open(picture).size == (1440, 840)
 

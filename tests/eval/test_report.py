@@ -23,7 +23,7 @@ def test_a_run_with_report_ends_with_accuracy_checkpoint_and_picture(tmp_path, c
     arguments = ["--config", "first_run", "--model", "test_resnet", "--epochs", "1", "--warmup-epochs", "0"]
     assert main(["train", *arguments, "--device", "cpu", "--output", str(folder)]) == 0
     lines = capsys.readouterr().out.strip().splitlines()[-3:]
-    assert lines[0].startswith("held-out accuracy: ")
+    assert lines[0].startswith("val accuracy: ")
     assert lines[1] == f"checkpoint: {folder / 'best'}"
     assert lines[2] == f"picture: {folder / 'report.png'}"
     # A network without attention modules has no maps, and still its picture.
@@ -57,7 +57,7 @@ def test_examples_tell_the_truth(run):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"), [({}, "holds no config.yaml"), ({"config.yaml": ""}, "no epoch is finished")]
+    ("files", "message"), [({}, "holds no config.yaml"), ({"config.yaml": "run:\n"}, "no epoch is finished")]
 )
 def test_report_of_no_run_is_one_line(tmp_path, capsys, files, message):
     for name, text in files.items():

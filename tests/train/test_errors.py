@@ -93,12 +93,12 @@ def test_unreadable_image(train, tmp_path, capsys):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for number in range(4):
                 Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / f"{number}.jpg")
-    broken = tmp_path / "data" / "train" / "b" / "2.jpg"
-    broken.write_text("not an image")
+    unreadable = tmp_path / "data" / "train" / "b" / "2.jpg"
+    unreadable.write_text("not an image")
     code, _ = train("--data", tmp_path / "data", "--batch-size", 8, "--epochs", 1, "--workers", 1)
     assert code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"cannot read image {broken}" in line
+    assert f"cannot read image {unreadable}" in line
 
 
 def test_missing_config(fails):

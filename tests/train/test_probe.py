@@ -96,6 +96,6 @@ def test_resumed_probe_equals_the_uninterrupted_one(train, records):
     assert records(resumed) == records(straight)
 
 
-def test_shares_are_refused():
+def test_shards_are_refused():
     with pytest.raises(UserError, match="--probe trains a head only"):
         TrainConfig(model=ModelConfig(probe="linear"), run=RunConfig(parallel="fsdp"))

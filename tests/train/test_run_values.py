@@ -55,7 +55,7 @@ def test_defaults_are_the_documented_ones():
         **{"pretrained": False, "weights": None, "probe": None, "probe_queries": 32, "teacher": None},
         **{"teacher_weight": 0.5, "drop_path_rate": None, "model_kwargs": {}},
         **{"download": False, "img_size": None, "batch_size": 128, "workers": None, "val_fraction": 0.2},
-        **{"split_seed": 0, "mean": None, "std": None, "interpolation": None, "crop_pct": None, "max_broken": 0},
+        **{"split_seed": 0, "mean": None, "std": None, "interpolation": None, "crop_pct": None, "max_unreadable": 0},
         **{"stream_lanes": 64, "shuffle_buffer": 8192, "num_classes": None},
         **{"crop": "rrc", "scale": None, "shift": 0.125, "hflip": 0.5, "color_jitter": 0.0, "auto_augment": None},
         **{"random_erasing": 0.0, "erasing_mode": "pixel", "repeats": 1, "mixup": 0.0, "cutmix": 0.0},
@@ -84,8 +84,14 @@ def test_defaults_are_the_documented_ones():
         ),
         (
             DataConfig,
-            {"batch_size": [1], "img_size": [1, None], "workers": [0], "val_fraction": [0.01, 0.99], "max_broken": [0]},
-            {"batch_size": [0], "img_size": [0], "workers": [-1], "val_fraction": [0, 1], "max_broken": [-1]},
+            {
+                "batch_size": [1],
+                "img_size": [1, None],
+                "workers": [0],
+                "val_fraction": [0.01, 0.99],
+                "max_unreadable": [0],
+            },
+            {"batch_size": [0], "img_size": [0], "workers": [-1], "val_fraction": [0, 1], "max_unreadable": [-1]},
         ),
         (
             DataConfig,
@@ -617,22 +623,22 @@ def test_in_another_thread_no_handler_is_set():
 
 def test_one_process_is_its_own_sum():
     assert (ALONE.sum(5), ALONE.any(True), ALONE.any(False)) == (5, True, False)
-    assert (ALONE.collect("x"), ALONE.share("x")) == (["x"], "x")
+    assert (ALONE.all_gather("x"), ALONE.broadcast("x")) == (["x"], "x")
     assert (ALONE.is_primary, World(CPU, rank=1, size=2).is_primary) == (True, False)
     assert (ALONE.is_distributed, World(CPU, size=2).is_distributed) == (False, True)
     assert Arrival(torch.tensor([1.5, 2.0])).read() == [1.5, 2.0]
 
 
 def test_the_first_process_that_fails_says_why():
-    world = SimpleNamespace(collect=lambda message: [None, message, "later"])
+    world = SimpleNamespace(all_gather=lambda message: [None, message, "later"])
     assert first_exception(world, UserError("disk")) == "disk"
     assert first_exception(world, ValueError()) == "ValueError"
     assert first_exception(ALONE, None) is None
 
 
 def test_what_is_shared_is_the_first_processs(monkeypatch):
-    monkeypatch.setattr(World, "collect", lambda world, value: [f"{value} of {rank}" for rank in range(3)])
-    assert World(CPU, rank=1, size=3).share("x") == "x of 0"
+    monkeypatch.setattr(World, "all_gather", lambda world, value: [f"{value} of {rank}" for rank in range(3)])
+    assert World(CPU, rank=1, size=3).broadcast("x") == "x of 0"
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:x", "cuda:1", "cuda:99"])

@@ -185,12 +185,12 @@ def test_a_file_without_weights_is_one_line(tmp_path, capsys, train, name):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "nothing", "shares"])
+@pytest.mark.parametrize("kind", ["empty folder", "nothing", "shards"])
 def test_a_place_without_weights_is_one_line(tmp_path, capsys, train, kind):
     path = tmp_path / "place"
     if kind != "nothing":
         (path / "last" / "shards").mkdir(parents=True)
-    if kind == "shares":
+    if kind == "shards":
         (path / "last" / "trainer.pt").touch()
     assert train("--weights", path)[0] == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

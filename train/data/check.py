@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         check_output_file("--json", arguments.json)
     notes: list[str] = []
     config = DataConfig(name=arguments.data, data_dir=arguments.data_dir, num_classes=arguments.num_classes)
-    parts = dict(zip(("train", "held out"), open_images(config, notes.append), strict=True))
+    parts = dict(zip(("train", "val"), open_images(config, notes.append), strict=True))
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
     result = {name: {**check_images(images, arguments.threads), "notes": notes} for name, images in parts.items()}
     for name, split in result.items():

@@ -18,7 +18,7 @@ from ..recipe import as_plain
 
 # Where and how the run computes, and what it leaves behind: they decide no result.
 FREE = {
-    "data": ("data_dir", "download", "workers", "max_broken"),
+    "data": ("data_dir", "download", "workers", "max_unreadable"),
     "run": (
         *("output", "resume", "device", "threads", "channels_last", "compile", "grad_checkpointing", "deterministic"),
         *("parallel", "save_interval", "save_epochs", "keep", "sharded_checkpoints", "log_interval", "tensorboard"),
@@ -54,13 +54,13 @@ FIXED = {
 # The name of the data is none of them: what counts is which images lie there.
 
 
-def describe_settings(config: TrainConfig, train: Images, held_out: Images) -> dict[str, Any]:
+def describe_settings(config: TrainConfig, train: Images, val: Images) -> dict[str, Any]:
     """The configuration of a run and what its data holds, as plain values."""
     return {
         "config": as_plain(dataclasses.asdict(config)),
         "classes": [str(name) for name in train.classes],
         "training images": _describe_images(train),
-        "held-out images": _describe_images(held_out),
+        "val images": _describe_images(val),
     }
 
 
@@ -130,7 +130,7 @@ def _compare_data(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]
     if saved["classes"] != own["classes"]:
         return [f"--data has {describe_classes(own['classes'], saved['classes'])}"]
     was, now = (each["config"]["data"]["name"] for each in (saved, own))
-    for part in ("training images", "held-out images"):
+    for part in ("training images", "val images"):
         if saved[part]["count"] != own[part]["count"]:
             return [f"--data has {own[part]['count']} {part} (was {saved[part]['count']})"]
         if (saved[part]["labels"] is None) != (own[part]["labels"] is None):
