@@ -1,5 +1,6 @@
 """``vicinal plot``: the curves of one run or of several, in one picture."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..checkpoints import write_atomically
 from ..command import parse_options
 from ..errors import UserError, first_line, require_packages
 from ..outputs import check_output_file
-from ..train.run.log import read_records
+from ..train.run.log import count_odd_lines, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,8 +82,12 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
             _check_record(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: metrics.jsonl is not that of a run: {first_line(error)}") from error
+    odd = count_odd_lines(Path(folder) / "metrics.jsonl")
     if not records:
-        raise UserError(f"{folder}: no records of a run: metrics.jsonl is missing or empty")
+        why = f"its {odd} lines are no records" if odd else "it is missing or empty"
+        raise UserError(f"{folder}: metrics.jsonl is not that of a run: {why}")
+    if odd:
+        print(f"note: {folder}: {odd} lines of metrics.jsonl are no records and are left out", file=sys.stderr)
     return records
 
 
