@@ -74,7 +74,7 @@ def test_lines_that_are_no_records_are_counted(run, capsys):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('[1]\n{"event": "st')
     assert read_run(folder) == records
-    assert capsys.readouterr().err == f"note: {folder}: 2 lines of metrics.jsonl are no records and are left out\n"
+    assert capsys.readouterr().err == f"note: {folder}: 1 lines of metrics.jsonl are no records and are left out\n"
 
 
 SIGNATURES = {
