@@ -1,9 +1,9 @@
 """Batches on their way from the data set to the loop, past images that cannot be read and workers that die.
 
-``StatefulDataLoader`` of torchdata resumes a pass too, but saves what each worker of each process held, and gives it back
-to as many of them. Here the order is a function of counters (see :mod:`.order`), and there is no state to save beside a
-number of images: a run goes on with other numbers of workers and of processes, and dead workers are replaced in the
-middle of a pass, by torch's own ``DataLoader``.
+``StatefulDataLoader`` of torchdata resumes a pass too, but saves what each worker of each process held, and gives it
+back to as many of them. Here the order is a function of counters (see :mod:`.order`), and there is no state to save
+beside a number of images: a run goes on with other numbers of workers and of processes, and dead workers are replaced
+in the middle of a pass, by torch's own ``DataLoader``.
 """
 
 import os
