@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from timm.utils import unwrap_model
 from vicinal.checkpoints import save
-from vicinal.train.distributed import join_world, leave_world
+from vicinal.train.run.world import join_world, leave_world
 from vicinal.train.loop import Trainer
 from vicinal.train.recipe import parse_arguments
 
