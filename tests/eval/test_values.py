@@ -358,11 +358,12 @@ class Guess(nn.Module):
     def __init__(self, wrong):
         super().__init__()
         self.wrong, self.pretrained_cfg, self.num_classes = wrong, {}, 4
+        self.scale = nn.Parameter(torch.tensor(math.log(9)))
 
     def forward(self, x):
         grey = (x[:, 0, 0, 0] * 255).round().long()
         guess = (grey % 4 + torch.tensor([index in self.wrong for index in grey.tolist()])) % 4
-        return nn.functional.one_hot(guess, 4).float() * math.log(9)
+        return nn.functional.one_hot(guess, 4).float() * self.scale
 
 
 class Greys:
@@ -581,29 +582,29 @@ def test_occupancy_goes_by_what_runs_out_first(monkeypatch, registers, shared, o
 # --- Checkpoints and devices
 
 
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        (["cat", "dog"], None),
-        (["dog", "cat"], "was trained on classes cat..dog"),
-        (["cat"], "has 2 classes, the data 1"),
-    ],
-)
-def test_classes_must_be_those_of_the_model_in_their_order(classes, message):
+def test_classes_are_those_of_the_model_by_name():
     model = SimpleNamespace(num_classes=2, pretrained_cfg={"label_names": ["cat", "dog"]})
-    images = SimpleNamespace(classes=classes)
-    if message is None:
-        classify.check_classes(model, images, "run")
-        return
-    with pytest.raises(UserError, match=message):
-        classify.check_classes(model, images, "run")
+
+    def matched(*classes):
+        images = SimpleNamespace(classes=classes, targets=list(range(len(classes))))
+        found, missing = classify.match_classes(model, images, "run")
+        return list(found.targets), missing
+
+    assert matched("cat", "dog") == ([0, 1], [])
+    assert matched("dog", "cat") == ([1, 0], [])
+    assert matched("dog") == ([1], ["cat"])
+    with pytest.raises(UserError, match=r"run has 2 classes, the data 1, of which it does not know 'cow'.*cat..dog"):
+        matched("cow")
 
 
 def test_a_path_means_itself_then_the_best_then_the_last_model(tmp_path):
-    for place in ("last", "best", "."):
+    for place, note in (("last", "best is not there"), ("best", None), (".", None)):
         (tmp_path / place).mkdir(exist_ok=True)
-        (tmp_path / place / "config.json").touch()
-        assert classify.find_model(str(tmp_path)) == tmp_path / place
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / place / name).touch()
+        found, said = classify.find_model(str(tmp_path))
+        assert found == tmp_path / place
+        assert said is None if note is None else note in said
 
 
 def test_a_gpu_is_described_by_name_capability_and_memory(monkeypatch):
