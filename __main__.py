@@ -14,7 +14,8 @@ commands:
 {commands}
 
 options:
-  --help, --version"""
+  --help, --version
+{debug}"""
 
 # What each command does, and the function that does it, which is imported when it is called.
 COMMANDS = {
@@ -51,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
+    from .errors import DEBUG_HELP
+
     width = max(map(len, COMMANDS))
-    return USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, (what, _) in COMMANDS.items()))
+    commands = "\n".join(f"  {name:{width}}  {what}" for name, (what, _) in COMMANDS.items())
+    return USAGE.format(commands=commands, debug=DEBUG_HELP)
 
 
 def _print(text: str, _: Sequence[str]) -> int:
@@ -117,7 +121,7 @@ def _conclude(outcome, draws_report: bool) -> None:
         from .eval.report import draw_report
 
         draw_report(folder.path)
-    print(f"held-out accuracy: {outcome.top1:.2f} % (best {outcome.best_top1:.2f} % in epoch {outcome.best_epoch})")
+    print(f"val accuracy: {outcome.top1:.2f} % (best {outcome.best_top1:.2f} % in epoch {outcome.best_epoch})")
     print(f"checkpoint: {folder.path / 'best'}")
     if draws_report:
         print(f"picture: {folder.report}")

@@ -17,6 +17,9 @@ UNREAD_EXIT_CODE = 141
 # EX_TEMPFAIL of sysexits.h: try again later.
 PAUSED_EXIT_CODE = 75
 
+DEBUG = "--debug"
+DEBUG_HELP = f"Beside any command's options, {DEBUG} shows the traceback of an error."
+
 
 class UserError(ValueError):
     """Something that was given to a command or a function cannot be used; the message says what, and the fix."""
@@ -102,17 +105,18 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
     Args:
         command: takes the arguments after the command's name and returns an exit code.
-        argv: those arguments; ``--debug`` among them lets the exception through with its traceback.
+        argv: those arguments; ``--debug`` among them lets the exception through with its traceback, and is taken out.
 
     Returns:
         What the command returned; 2 for a :class:`UserError`, and for a file that cannot be read or written; 1 for a
         :class:`RunStopped`, and where memory or room on a disk ends; 75 for a :class:`RunPaused`; 130 for Ctrl-C; 141
         where the reader of the output is gone, as of ``| head``.
     """
+    options = [argument for argument in argv if argument != DEBUG]
     try:
         _prepare_streams()
         try:
-            return command(argv)
+            return command(options)
         finally:
             sys.stdout.flush()
     except RunPaused as pause:
@@ -127,7 +131,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         return UNREAD_EXIT_CODE
     except Exception as error:
         exit_code, message = _explain(error)
-        if message is None or "--debug" in argv:
+        if message is None or DEBUG in argv:
             raise
         _say("error", message)
         return exit_code

@@ -17,23 +17,23 @@ from .. import zoo  # noqa: F401  registers our models with timm
 from ..checkpoints import write_atomically
 from ..checkpoints.files import CONFIG_NAME
 from ..command import parse_options
-from ..errors import UserError, first_line
+from ..errors import UserError, find_shortage, first_line
 from ..outputs import check_output_file
 from ..train.config import DataConfig
 from ..train.data.images import IN_MEMORY, Images, Selection, open_images
 from ..train.data.transforms import InputSpec, Preprocess, eval_batches
 from ..train.evaluate import evaluate
+from ..train.network.check import check_forward
+from ..train.network.weights import check_model_folder, strict_loading
 from ..train.recipe import as_plain, read_recipe
 from ..train.run.folder import find_best
 from ..train.run.resume import describe_changes
 from ..train.run.world import World, join_world, leave_world
-from ..train.trial import check_forward
-from ..train.weights import check_model_folder, strict_loading
 
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Measure a checkpoint, every image once: on the held-out images of its run, unless other data is given."""
+    """Measure a checkpoint, every image once: on the val images of its run, unless other data is given."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Folder of a run (its best model), or of a model (model.safetensors and config.json)."""
@@ -45,8 +45,6 @@ class EvalArguments:
     """Autocast."""
     json: str | None = None
     """Also write the result to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 # What decides which images are measured, and how they are prepared.
@@ -116,7 +114,7 @@ def classify(
         arguments: what to measure.
         world: the processes that share it.
         of_run: the data that the checkpoint's run trained on, if it is known.
-        takes_whole: measure all of other data that has no held-out part; else a part is held out.
+        takes_whole: measure all of other data that has no val split; else a val split is cut off.
     """
     folder, note = find_model(arguments.checkpoint)
     notes = [note] if note else []
@@ -147,15 +145,15 @@ def choose_images(data: DataConfig, takes_whole: bool) -> tuple[Images, str]:
 
     Args:
         data: the data set.
-        takes_whole: measure all of a folder that has no held-out part, such as one of test images only.
+        takes_whole: measure all of a folder that has no val split, such as one of test images only.
     """
-    train, held_out = open_images(data)
-    is_cut = isinstance(train, Selection) and isinstance(held_out, Selection) and train.images is held_out.images
+    train, val = open_images(data)
+    is_cut = isinstance(train, Selection) and isinstance(val, Selection) and train.images is val.images
     if not is_cut:
-        return held_out, "held out by the data"
+        return val, "val split of the data"
     if takes_whole and data.name not in IN_MEMORY:
-        return held_out.images, "all of it"
-    return held_out, f"{data.val_fraction:g} of each class, by seed {data.split_seed}"
+        return val.images, "all of it"
+    return val, f"{data.val_fraction:g} of each class, by seed {data.split_seed}"
 
 
 def find_model(path: str) -> tuple[Path, str | None]:
@@ -177,9 +175,9 @@ def load_model(folder: Path) -> nn.Module:
     try:
         with strict_loading(whose, complete=True):
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except UserError:
-        raise
     except Exception as error:  # timm raises whatever its JSON, safetensors and state dict readers do
+        if isinstance(error, UserError) or find_shortage(error):
+            raise
         raise UserError(f"checkpoint {folder}: cannot be loaded: {first_line(error)}") from error
     return model.eval()
 

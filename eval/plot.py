@@ -23,22 +23,20 @@ MANY_POINTS = 100
 FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")
 _PANELS = {
     "train_loss": "training loss",
-    "val_loss": "held-out loss",
-    "val_top1": "held-out top-1, %",
+    "val_loss": "val loss",
+    "val_top1": "val top-1, %",
     "lr": "learning rate",
 }
 
 
 @dataclass(frozen=True)
 class PlotArguments:
-    """Draw loss, held-out loss and accuracy, and learning rate of runs over their epochs."""
+    """Draw loss, val loss and accuracy, and learning rate of runs over their epochs."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of runs."""
     output: str = "plot.png"
     """The picture; its suffix chooses the format, such as .png, .svg or .pdf."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,20 +75,19 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there are none, or the file is not one of records.
     """
-    path = Path(folder) / "metrics.jsonl"
     try:
-        found, odd = read_records(path), count_odd_lines(path)
+        found = read_records(Path(folder) / "metrics.jsonl")
         records = [record for record in found if record["event"] in ("step", "epoch")]
         for record in records:
             _check_record(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: metrics.jsonl is not that of a run: {first_line(error)}") from error
-    if odd and not found:
-        raise UserError(f"{folder}: metrics.jsonl is not that of a run: none of its {odd} lines is a record")
-    if odd:
-        print(f"note: {folder}: {odd} lines of metrics.jsonl are no records, and are left out", file=sys.stderr)
+    odd = count_odd_lines(Path(folder) / "metrics.jsonl")
     if not records:
-        raise UserError(f"{folder}: no records of a run: metrics.jsonl is missing or empty")
+        why = f"its {odd} lines are no records" if odd else "it is missing or empty"
+        raise UserError(f"{folder}: metrics.jsonl is not that of a run: {why}")
+    if odd:
+        print(f"note: {folder}: {odd} lines of metrics.jsonl are no records and are left out", file=sys.stderr)
     return records
 
 
@@ -106,7 +103,7 @@ def summarize(name: str, records: Sequence[dict[str, Any]]) -> str:
     if not epochs:
         return f"{name}: update {records[-1]['step']}, training loss {records[-1]['train_loss']:.4f}"
     best = max(epochs, key=lambda record: record["val_top1"])
-    return f"{name}: {len(epochs)} epochs, best held-out top-1 {best['val_top1']:.2f} % in epoch {best['epoch']}"
+    return f"{name}: {len(epochs)} epochs, best val top-1 {best['val_top1']:.2f} % in epoch {best['epoch']}"
 
 
 def points(records: Sequence[dict[str, Any]], field: str, by_update: bool = True) -> tuple[list[float], list[float]]:

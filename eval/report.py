@@ -1,6 +1,7 @@
 """``vicinal report``: one picture of a run, with its curves, some predictions and where the network looks."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints import write_atomically
@@ -15,11 +17,12 @@ from ..command import parse_options
 from ..errors import UserError, require_packages
 from ..outputs import check_output_file
 from ..train.config import TrainConfig
+from ..train.data.decode import UnreadableImage
 from ..train.data.images import Images, open_images
 from ..train.data.transforms import InputSpec, Preprocess, eval_transform
+from ..train.network.check import check_forward
 from ..train.recipe import read_recipe
 from ..train.run.log import read_records
-from ..train.trial import check_forward
 from .attend import AttentionRecord, record_attention
 from .classify import find_model, load_model
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 NUM_EXAMPLES = 10
 NUM_MISTAKES = 2
 MIN_MAP = 4  # positions per axis; a coarser map shows nothing
-_TRAIN, _HELD_OUT, _GOOD, _BAD, _INK = "#9aa5b1", "#1f5fa8", "#2a7d4f", "#c0392b", "#2d3540"
+_TRAIN, _VAL, _GOOD, _BAD, _INK = "#9aa5b1", "#1f5fa8", "#2a7d4f", "#c0392b", "#2d3540"
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,11 @@ class ReportArguments:
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of the run."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out image and what the network says to it."""
+    """A val image and what the network says to it."""
 
     pixels: np.ndarray
     """uint8, (H, W, 3), as prepared for the network."""
@@ -90,24 +91,39 @@ def draw_report(run: str | Path) -> Path:
 
 
 def choose_examples(model: nn.Module, config: TrainConfig) -> list[Example]:
-    """A few held-out images: some that the network gets wrong, if there are any, and for the rest one of each class."""
+    """A few val images: some that the network gets wrong, if there are any, and for the rest one of each class."""
     _, images = open_images(config.data)
     spec = InputSpec.resolve(config.data, model.pretrained_cfg)
     check_forward(model, spec, model.num_classes)
     candidates = _round_robin(images.targets)[:500]
-    pixels = torch.stack([eval_transform(spec)(images.load(index)) for index in candidates])
-    targets = torch.tensor([images.targets[index] for index in candidates])
+    pixels, targets = _load_readable(images, candidates, eval_transform(spec))
     preprocess = Preprocess(spec, torch.device("cpu"), model.num_classes)
     with torch.no_grad():
         logits = torch.cat(
             [model(preprocess(*chunk)[0]) for chunk in zip(pixels.split(50), targets.split(50), strict=True)]
         )
     wrong = (logits.argmax(1) != targets).nonzero().flatten().tolist()[:NUM_MISTAKES]
-    right = [index for index in range(len(candidates)) if index not in wrong]
+    right = [index for index in range(len(targets)) if index not in wrong]
     chosen = [*right[: NUM_EXAMPLES - len(wrong)], *wrong]
     with torch.no_grad(), record_attention(model) as records:
         model(preprocess(pixels[chosen], targets[chosen])[0])
     return _describe(pixels[chosen], targets[chosen], logits[chosen], _by_resolution(records), images)
+
+
+def _load_readable(
+    images: Images, candidates: Sequence[int], transform: Callable[[Image.Image], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 3, H, W) and targets (N,) of the images that can be read; the others are named."""
+    pixels, targets = [], []
+    for index in candidates:
+        try:
+            pixels.append(transform(images.load(index)))
+            targets.append(images.targets[index])
+        except UnreadableImage as error:
+            print(f"note: {error}; it is left out of the report", file=sys.stderr)
+    if not pixels:
+        raise UserError("none of the val images can be read, so that there is nothing to show")
+    return torch.stack(pixels), torch.tensor(targets)
 
 
 def _round_robin(targets: Sequence[int]) -> list[int]:
@@ -147,7 +163,7 @@ def _draw(figure: "Figure", config: TrainConfig, epochs: list[dict[str, Any]], e
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 1.5 * rows])
     seconds = sum(record["seconds"] for record in epochs)
     title = f"{config.model.name} on {config.data.name}"
-    result = f"{best['val_top1']:.2f} % of {best['val_images']} held-out images after {seconds:.0f} s of training"
+    result = f"{best['val_top1']:.2f} % of {best['val_images']} val images after {seconds:.0f} s of training"
     figure.suptitle(f"{title}: {result}\n", fontsize=15, fontweight="bold", color=_INK)
     _draw_curves(top, epochs, best)
     _draw_examples(bottom, examples, rows)
@@ -159,22 +175,22 @@ def _draw_curves(figure: "SubFigure", epochs: list[dict[str, Any]], best: dict[s
     loss.plot(
         numbers, [record["train_loss"] for record in epochs], color=_TRAIN, label="training (augmented, smoothed)"
     )
-    loss.plot(numbers, [record["val_loss"] for record in epochs], color=_HELD_OUT, label="held out")
+    loss.plot(numbers, [record["val_loss"] for record in epochs], color=_VAL, label="val")
     loss.set_title("cross-entropy loss")
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False)
     top1 = [record["val_top1"] for record in epochs]
-    accuracy.plot(numbers, top1, color=_HELD_OUT)
-    accuracy.plot(best["epoch"], best["val_top1"], "o", color=_HELD_OUT)
+    accuracy.plot(numbers, top1, color=_VAL)
+    accuracy.plot(best["epoch"], best["val_top1"], "o", color=_VAL)
     accuracy.annotate(
         f"best {best['val_top1']:.2f} %, epoch {best['epoch']}",
         (best["epoch"], best["val_top1"]),
         xytext=(0, -44),
         textcoords="offset points",
         ha="right" if best["epoch"] > numbers[-1] / 2 else "left",
-        color=_HELD_OUT,
+        color=_VAL,
     )
-    accuracy.set_title("held-out top-1 accuracy, %")
+    accuracy.set_title("val top-1 accuracy, %")
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

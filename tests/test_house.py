@@ -19,22 +19,36 @@ ALLOWED = {
 HEAVY = ("triton", "mmengine", "mmdet", "tensorboard", "wandb", "onnx", "onnxruntime", "matplotlib", "sklearn", "tyro")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of ours that a file imports, by resolving its relative imports."""
+def imported_names(path: Path, with_deferred: bool = True) -> set[tuple[str, ...]]:
+    """Full dotted names that a file imports, relative ones resolved.
+
+    Args:
+        with_deferred: also those inside functions, which run when they are called, and those for type checkers.
+    """
     package = ("vicinal", *path.relative_to(ROOT).parent.parts)
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    names: set[tuple[str, ...]] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = (*base, *(node.module.split(".") if node.module else ()))
-            targets = [(*module, alias.name) for alias in node.names]
+            names |= {(*module, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
-            targets = [tuple(alias.name.split(".")) for alias in node.names]
-        else:
-            continue
-        rooms |= {target[1] for target in targets if target[0] == "vicinal" and len(target) > 1}
-        bare = {target[0] for target in targets} & set(ALLOWED)
-        assert not bare, f"{path}: imports {bare} by a bare name"
+            names |= {tuple(alias.name.split(".")) for alias in node.names}
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting.extend(node.body if with_deferred else [])
+        elif with_deferred or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of ours that a file imports."""
+    names = imported_names(path)
+    bare = {name[0] for name in names} & set(ALLOWED)
+    assert not bare, f"{path}: imports {bare} by a bare name"
+    rooms = {name[1] for name in names if name[0] == "vicinal" and len(name) > 1}
     # python -m vicinal.train is another spelling of the root command
     shared = {"__version__", "command", "errors", "outputs", "timm_internals", "torch_internals"}
     return rooms - shared - ({"__main__"} if path.name == "__main__.py" else set())
@@ -46,6 +60,30 @@ def test_rooms_import_along_the_arrows(room: str):
     assert files
     for path in files:
         assert imported_rooms(path) <= ALLOWED[room], path
+
+
+@pytest.mark.parametrize("module", ["errors", "command", "outputs", "timm_internals"])
+def test_what_the_rooms_share_imports_no_room(module: str):
+    assert imported_rooms(ROOT / f"{module}.py") == set()
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_modules_import_each_other_in_no_circle(room: str):
+    """In train and eval not even by the imports inside functions."""
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in (ROOT / room).rglob("*.py")}
+    modules = {("vicinal", *(parts[:-1] if parts[-1] == "__init__" else parts)): path for parts, path in files.items()}
+    arrows = {
+        module: {
+            target
+            for name in imported_names(path, with_deferred=room in ("train", "eval"))
+            if (target := name if name in modules else name[:-1]) in modules and target != module
+        }
+        for module, path in modules.items()
+    }
+    assert any(arrows.values())
+    while free := {module for module, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {module: targets for module, targets in arrows.items() if module not in free}
+    assert not arrows, f"in a circle, or leading into one: {sorted('.'.join(module) for module in arrows)}"
 
 
 def run_python(script: str, *options: str, cwd: Path) -> str:

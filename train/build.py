@@ -1,120 +1,44 @@
-"""From configuration to model, task, optimizer and schedule; every name is checked before any work is done."""
+"""Everything that a run computes with, built from its configuration: network, task, optimizer, schedule and batches.
 
-import inspect
-import re
-import sys
-from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
+Every name is checked before any work is done, and nothing is written.
+"""
+
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
-import timm
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, model_entrypoint, parse_model_name
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 from torch import nn
 
-from .. import zoo  # noqa: F401  registers our models with timm
-from ..errors import UserError, first_line, nearest
+from ..errors import UserError, find_shortage, first_line, nearest
 from .config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from .data.transforms import InputSpec
-from .probe import attach_attentive_head, freeze
+from .data.images import open_images
+from .data.loader import Batches, UnreadableCounter
+from .data.transforms import InputSpec, Preprocess, check_augmentation, eval_batches, train_batches
+from .network.check import check_forward
+from .network.create import build_model, create_model
+from .network.weights import describe_classes
+from .rates import scale_rates
 from .run.fsdp import ShardedTask, is_whole_on_meta
 from .run.randomness import seed_all, stream_seed
+from .run.state import TrainState
 from .run.world import World
-from .weights import check_model_folder, describe_classes, locate_weights, strict_loading
-
-
-def build_model(config: ModelConfig, img_size: int | None, num_classes: int) -> nn.Module:
-    """Create the network, with the head and what is frozen under ``probe``.
-
-    Raises:
-        UserError: unknown name, unknown option, an option's value that the model refuses, or weights that are missing
-            or another model's.
-    """
-    model = create_model(config, img_size, num_classes, f"--model {config.name}")
-    if config.probe == "attentive":
-        note = getattr(model, "weights_note", None)
-        model = attach_attentive_head(model, num_classes, config.probe_queries)
-        model.weights_note = note
-    if config.probe is not None:
-        freeze(model)
-    return model
-
-
-def create_model(
-    config: ModelConfig, img_size: int | None, num_classes: int, flag: str, complete: bool = False
-) -> nn.Module:
-    """Create the network that a configuration names, with its weights where it asks for some.
-
-    Args:
-        flag: how a message calls the model, such as ``--model nat_pico``.
-        complete: whether the weights must bring the classifier too.
-    """
-    try:
-        source, name = parse_model_name(config.name)
-    except ValueError as error:
-        raise UserError(f"{flag}: {first_line(error)}") from error
-    if not source:
-        _check_model_name(name, config.pretrained, flag)
-    options: dict[str, Any] = {"drop_path_rate": config.drop_path_rate, **config.model_kwargs}
-    if img_size is not None and not source and get_pretrained_cfg(name).fixed_input_size:
-        options.setdefault("img_size", img_size)
-    is_loaded = config.pretrained or config.weights is not None
-    if is_loaded:
-        located = {} if config.weights is None else locate_weights(config.weights)
-        options["pretrained_cfg_overlay"] = {**located, "num_classes": num_classes}
-    if source == "local-dir":
-        check_model_folder(Path(name), flag)
-    whose = flag if config.weights is None else f"--weights {config.weights}"
-    try:
-        with strict_loading(whose, complete) if is_loaded else nullcontext():
-            model = timm.create_model(config.name, pretrained=is_loaded, num_classes=num_classes, **options)
-    except UserError:
-        raise
-    except TypeError as error:
-        raise UserError(f"{flag}: {_explain_option(error, name)}") from error
-    except Exception as error:  # timm raises whatever its readers and the networks do
-        raise UserError(f"{whose if is_loaded else flag}: {first_line(error)}") from error
-    if source and not is_loaded:
-        model.weights_note = f"{flag}: starts from fresh weights; --pretrained takes those that lie there"
-    return model
-
-
-def _check_model_name(name: str, pretrained: bool, flag: str) -> None:
-    if not is_model(name):
-        hint = nearest(name.partition(".")[0], timm.list_models()) or "timm.list_models() lists them"
-        raise UserError(f"{flag}: no such model; {hint}")
-    # timm only warns here, and would train from scratch.
-    if pretrained and not is_model_pretrained(name):
-        raise UserError(f"{flag}: no released weights are known; leave out --pretrained")
-
-
-def _explain_option(error: TypeError, name: str) -> str:
-    """Name the unknown option and the nearest one that the model's class takes."""
-    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if not found:
-        return first_line(error)
-    class_name, option = found.groups()
-    owner = getattr(sys.modules[model_entrypoint(name).__module__], class_name, None) if is_model(name) else None
-    allowed = list(inspect.signature(owner).parameters) if owner else []
-    hint = nearest(option, allowed) or f"options: {', '.join(allowed) or 'see the model'}"
-    return f"unknown option {option!r} in --model-kwargs; {hint}"
 
 
 def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[nn.Module, nn.Module | None]:
-    """The network to train and, where that is only a plan on the meta device, the first process's whole one.
+    """The network to train and, where that is only a plan on the meta device, the first process's complete one.
 
     To shard a network without room for all of it in each process, only the first one builds it, on the CPU. A network
-    that cannot be built on the meta device is built whole by each.
+    that cannot be built on the meta device is built completely by each.
     """
     if config.run.parallel == "ddp":
         return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
-    whole = build_model(config.model, config.data.img_size, num_classes) if world.is_primary else None
+    complete = build_model(config.model, config.data.img_size, num_classes) if world.is_primary else None
     plan = replace(config.model, pretrained=False, weights=None)
     try:
         with torch.device("meta"):
@@ -123,8 +47,8 @@ def build_models(config: TrainConfig, num_classes: int, world: World) -> tuple[n
     except (UserError, NotImplementedError):
         is_complete = False
     if is_complete:
-        model.weights_note = getattr(whole, "weights_note", None)
-        return _prepare(model, config.run, world), whole
+        model.weights_note = getattr(complete, "weights_note", None)
+        return _prepare(model, config.run, world), complete
     seed_all(stream_seed("weights", config.run.seed))
     return _prepare(build_model(config.model, config.data.img_size, num_classes), config.run, world), None
 
@@ -152,8 +76,8 @@ def _build_whole_task(model: nn.Module, config: TrainConfig, loss: dict[str, Any
             "--model-kwargs distilled=true"
         )
     teacher = _build_teacher(config.model.teacher, model).to(world.device).requires_grad_(False)
-    share = config.model.teacher_weight
-    weights = {"task_loss_weight": 1 - share, "distill_loss_weight": share}
+    weight = config.model.teacher_weight
+    weights = {"task_loss_weight": 1 - weight, "distill_loss_weight": weight}
     return TokenDistillationTask(model, teacher, distill_type="hard", **weights, **options)
 
 
@@ -211,6 +135,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             **config.optimizer_kwargs,
         )
     except Exception as error:  # an optimizer raises whatever its options or a missing package make it
+        if find_shortage(error):
+            raise
         raise UserError(f"--optimizer {config.optimizer}: {first_line(error)}; see --optimizer-kwargs") from error
     _scale_learning_rates(optimizer, model)
     return optimizer
@@ -265,4 +191,65 @@ def record_input(model: nn.Module, spec: InputSpec, classes: list[str]) -> None:
     """Note on the model how its images are prepared and its classes named; a saved model carries both."""
     model.pretrained_cfg.update(
         **spec.as_pretrained_cfg(), num_classes=len(classes), label_names=list(classes), test_input_size=None
+    )
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a run.
+
+    Attributes:
+        spec: the input that the network takes.
+        batches, val_batches: this process's part of the training and of the val images.
+        preprocess, val_preprocess: their last steps, on the device.
+        state: what the run changes.
+        scheduler: learning rate by update.
+        updates_per_epoch: of a whole epoch on these processes.
+        unreadable: images that could not be read.
+    """
+
+    spec: InputSpec
+    batches: Batches
+    val_batches: Batches
+    preprocess: Preprocess
+    val_preprocess: Preprocess
+    state: TrainState
+    scheduler: Scheduler
+    updates_per_epoch: int
+    unreadable: UnreadableCounter
+
+
+def build_components(config: TrainConfig, world: World) -> Components:
+    """Build the parts of a run.
+
+    Raises:
+        UserError: the model, the data or the optimizer cannot be used.
+    """
+    config = scale_rates(config, world.size)
+    check_augmentation(config.augmentation)
+    seed_all(stream_seed("weights", config.run.seed))
+    train_images, val_images = open_images(config.data)
+    num_classes = len(train_images.classes)
+    model, source = build_models(config, num_classes, world)
+    spec = InputSpec.resolve(config.data, model.pretrained_cfg)
+    record_input(model, spec, train_images.classes)
+    check_forward(model, spec, num_classes, config)
+    unreadable = UnreadableCounter(config.data.max_unreadable)
+    batches = train_batches(train_images, config.data, config.augmentation, spec, config.run.seed, world, unreadable)
+    layout, smoothing = memory_format(config.run), config.optimizer.label_smoothing
+    task = build_task(model, source, config, world)
+    optimizer = build_optimizer(model, config.optimizer)
+    is_scaled = resolve_precision(config.run, world.device) == "float16"
+    state = TrainState(task, optimizer, torch.amp.GradScaler(world.device.type) if is_scaled else None)
+    updates_per_epoch = math.ceil(batches.sampler.per_epoch / config.optimizer.accumulation)
+    return Components(
+        spec=spec,
+        batches=batches,
+        val_batches=eval_batches(val_images, config.data, spec, world, unreadable),
+        preprocess=Preprocess(spec, world.device, num_classes, smoothing, config.augmentation, layout),
+        val_preprocess=Preprocess(spec, world.device, num_classes, memory_format=layout),
+        state=state,
+        scheduler=build_scheduler(optimizer, config.schedule, updates_per_epoch),
+        updates_per_epoch=updates_per_epoch,
+        unreadable=unreadable,
     )

@@ -5,29 +5,14 @@ The string below a field is its ``--help`` text. A field's flag is its name with
 """
 
 import dataclasses
-import math
-import sys
-import typing
 from dataclasses import dataclass, field
-from functools import cache
-from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..errors import UserError, cut, nearest
-from .strict_yaml import load_yaml
-
-
-def parse_scalar(text: str) -> Any:
-    """A value as YAML reads it, and ``1e-3`` as the number that YAML 1.1 takes for a string."""
-    value = load_yaml(text)
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+from ..command import check_fields
+from ..errors import UserError
+from .strict_yaml import parse_scalar
 
 
 def _parse_pairs(items: list[str]) -> dict[str, Any]:
@@ -58,76 +43,6 @@ Options = Annotated[
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-def flag_of(section: type, name: str) -> str:
-    """The command line's flag for a field: its name with dashes, unless tyro is told another one."""
-    hint = typing.get_type_hints(section, include_extras=True)[name]
-    names = [getattr(extra, "name", None) for extra in getattr(hint, "__metadata__", ())]
-    return f"--{next((name for name in names if name), name).replace('_', '-')}"
-
-
-def check_fields(section: Any, **intervals: str) -> None:
-    """Refuse values of a dataclass that its fields do not allow.
-
-    Fields that are None are passed over, and each number of a tuple is looked at by itself.
-
-    Args:
-        section: an instance; a field of a ``Literal`` type takes one of its values.
-        intervals: allowed numbers by field, as ``"(0, 1]"``; a round bracket leaves the bound itself out.
-
-    Raises:
-        UserError: names the flag, what was given and what is allowed.
-    """
-    for name, choices in _choices_of(type(section)).items():
-        value = getattr(section, name)
-        if value not in choices:
-            allowed = [choice for choice in choices if choice is not None]
-            hint = nearest(str(value), allowed, count=1)
-            flag = flag_of(type(section), name)
-            raise UserError(f"{flag} {value}: must be one of {', '.join(allowed)}" + (f"; {hint}" if hint else ""))
-    for name, interval in intervals.items():
-        value = getattr(section, name)
-        for number in value if isinstance(value, (tuple, list)) else [value] * (value is not None):
-            if problem := _explain_number(number, interval, is_whole=_is_whole(type(section), name)):
-                raise UserError(f"{flag_of(type(section), name)} {cut(str(number), 40)}: {problem}")
-
-
-@cache
-def _choices_of(section: type) -> dict[str, tuple]:
-    """The values of each field of a ``Literal`` type, with None where that is allowed too."""
-    found = {}
-    for name, hint in typing.get_type_hints(section).items():
-        parts = [hint, *typing.get_args(hint)]
-        literals = [typing.get_args(part) for part in parts if typing.get_origin(part) is Literal]
-        if literals:
-            found[name] = (*literals[0], *([None] if type(None) in parts else []))
-    return found
-
-
-@cache
-def _is_whole(section: type, name: str) -> bool:
-    return typing.get_type_hints(section)[name] in (int, int | None)
-
-
-_LARGEST_INTEGER = 2**63 - 1
-
-
-def _explain_number(number: Any, interval: str, is_whole: bool) -> str | None:
-    """What is wrong with a number, or None."""
-    if isinstance(number, bool) or not isinstance(number, Integral if is_whole else Real):
-        return f"expected a {'whole ' if is_whole else ''}number"
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    is_above = number > low if interval[0] == "(" else number >= low
-    is_below = number < high if interval[-1] == ")" else number <= high
-    if is_above and is_below and abs(number) <= (_LARGEST_INTEGER if is_whole else sys.float_info.max):
-        return None
-    if high < math.inf:
-        return f"must lie in {interval}"
-    least = "must be positive" if interval[0] == "(" else f"must be at least {low:g}"
-    if is_above:
-        return f"must be at most {_LARGEST_INTEGER}" if is_whole else f"{least} and finite"
-    return least if number < math.inf else f"{least} and finite"
 
 
 _SETTLED_MODEL_OPTIONS = {
@@ -161,7 +76,7 @@ class ModelConfig:
     teacher: str | None = None
     """Learn also from this model with its released weights, or from local-dir:FOLDER: its first guesses are targets."""
     teacher_weight: float = 0.5
-    """Share of the teacher in the loss."""
+    """Weight of the teacher in the loss; the labels have the rest."""
     model_kwargs: Options = field(default_factory=dict)
     """Further options of the model, such as kernel_size=5."""
 
@@ -199,9 +114,9 @@ class DataConfig:
     workers: int | None = None
     """Loader processes; if not given, none for data held in memory, else up to 8."""
     val_fraction: float = 0.2
-    """Share of every class that is held out, where the data has no split of its own."""
+    """Fraction of every class that becomes the val split, where the data has none of its own."""
     split_seed: int = 0
-    """Seed of that split; separate from --seed so that runs compare on the same held-out images."""
+    """Seed of that split; separate from --seed so that runs compare on the same val images."""
     mean: tuple[float, float, float] | None = None
     """Channel means in [0, 1]; the model's own if not given."""
     std: tuple[float, float, float] | None = None
@@ -210,7 +125,7 @@ class DataConfig:
     """Resampling at evaluation; the model's own if not given."""
     crop_pct: float | None = None
     """Share of the resized image that the evaluation's centre crop keeps; the model's own if not given."""
-    max_broken: int = 0
+    max_unreadable: int = 0
     """Images of the whole run that may be unreadable: another one takes their place; one more stops the run."""
     num_classes: int | None = None
     """Number of classes, of a stream whose shards do not say it."""
@@ -230,7 +145,7 @@ class DataConfig:
             mean="[0, 1]",
             std="(0, 1]",
             crop_pct="(0, 1]",
-            max_broken="[0, inf)",
+            max_unreadable="[0, inf)",
             num_classes="[1, inf)",
             stream_lanes="[1, inf)",
             shuffle_buffer="[0, inf)",
@@ -428,7 +343,7 @@ class RunConfig:
     deterministic: bool = False
     """Only algorithms of torch that give the same bits each time; needed for exact resume on CUDA, and slower."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """On several processes: a copy of the weights on each (ddp), or shares of every block's (fsdp: fully_shard)."""
+    """On several processes: a copy of the weights on each (ddp), or shards of every block's (fsdp: fully_shard)."""
     ema_decay: float | None = None
     """Evaluate and save the exponential moving average of the weights with this decay."""
     ema_warmup: bool = False
@@ -440,7 +355,7 @@ class RunConfig:
     keep: int = 3
     """How many of those stay, the newest."""
     sharded_checkpoints: bool = False
-    """Under --parallel fsdp: each process writes its shares, not the first one everything."""
+    """Under --parallel fsdp: each process writes its shards, not the first one everything."""
     log_interval: int = 50
     """Updates between two step records in metrics.jsonl."""
     tensorboard: bool = False
@@ -466,7 +381,7 @@ class RunConfig:
         )
         _check(
             self.parallel == "fsdp" or not self.sharded_checkpoints,
-            "--sharded-checkpoints writes shares that only --parallel fsdp has: add it, or leave the flag out",
+            "--sharded-checkpoints writes shards that only --parallel fsdp has: add it, or leave the flag out",
         )
         _check(
             self.ema_decay is not None or not self.ema_warmup,
@@ -492,11 +407,11 @@ class TrainConfig:
         )
         _check(
             self.run.parallel == "ddp" or self.optimizer.clip_grad is None or self.optimizer.clip_mode != "agc",
-            "--clip-mode agc needs whole weights, and --parallel fsdp has shares: use --clip-mode norm",
+            "--clip-mode agc needs full tensors, and --parallel fsdp has shards: use --clip-mode norm",
         )
         _check(
             self.run.parallel == "ddp" or self.model.probe is None,
-            "--probe trains a head only, which needs no shares: use --parallel ddp",
+            "--probe trains a head only, which needs no shards: use --parallel ddp",
         )
         _check(
             self.run.parallel == "ddp" or self.model.teacher is None,

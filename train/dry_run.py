@@ -15,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import write_atomically
 from ..errors import RunStopped
-from .build import resolve_precision
-from .components import Components, build_components
+from .build import Components, build_components, resolve_precision
 from .config import AugmentationConfig, TrainConfig
 from .loop import default_output, prepare_process
-from .probe import set_training_mode
+from .network.probe import set_training_mode
 from .run.screen import peak_memory
 from .run.world import World
 from .update import Updater, groups_of
@@ -50,8 +49,8 @@ def dry_run(config: TrainConfig, world: World) -> None:
     images, targets = parts.preprocess(*group[0])
     lines = {
         "model": f"{config.model.name}, {_count(parts.state.model):,} parameters",
-        "cost": f"{macs / 1e9:.3f} G multiply-accumulates per image" if macs is not None else "not counted on shares",
-        "images": f"{parts.batches.sampler.num_images:,} training, {parts.val_batches.sampler.num_images:,} held out, "
+        "cost": f"{macs / 1e9:.3f} G multiply-accumulates per image" if macs is not None else "not counted on shards",
+        "images": f"{parts.batches.sampler.num_images:,} training, {parts.val_batches.sampler.num_images:,} val, "
         f"{parts.state.model.num_classes} classes",
         "input": f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')} on {images.device}; "
         f"targets {tuple(targets.shape)}",

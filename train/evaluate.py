@@ -1,4 +1,4 @@
-"""Accuracy over held-out images, every image counted once."""
+"""Accuracy over val images, every image counted once."""
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -14,7 +14,7 @@ from .run.world import World
 def evaluate(
     model: nn.Module, batches: Batches, preprocess: Preprocess, autocast: torch.autocast, world: World
 ) -> dict[str, float | int]:
-    """Run the model over this process's share and sum over all processes; unreadable images count for nothing.
+    """Run the model over this process's part and sum over all processes; unreadable images count for nothing.
 
     Args:
         model: images (B, 3, H, W) -> logits (B, classes); put into evaluation mode.
@@ -43,7 +43,7 @@ def evaluate(
     counted = world.sum(evaluator.num_samples)
     if counted == 0:
         raise UserError(
-            f"none of the {batches.sampler.num_images} held-out images can be read, so that there is nothing to "
+            f"none of the {batches.sampler.num_images} val images can be read, so that there is nothing to "
             "measure: vicinal data check lists them"
         )
     return {**evaluator.compute(distributed=world.is_distributed), "images": counted}

@@ -14,11 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoints import save
 from ..errors import RunPaused, RunStopped, UserError, require_packages
 from ..outputs import check_output_folder
-from .build import autocast, resolve_precision
-from .components import build_components
+from .build import autocast, build_components, resolve_precision
 from .config import TrainConfig
 from .evaluate import evaluate
-from .probe import set_training_mode
+from .network.probe import set_training_mode
 from .recipe import write_recipe
 from .run.folder import BEST, RunFolder, copy_checkpoint, find_resume_point
 from .run.fsdp import all_finite
@@ -36,7 +35,7 @@ class Outcome:
     """How a run ended."""
 
     top1: float
-    """Held-out top-1 accuracy after the last epoch, percent."""
+    """Val top-1 accuracy after the last epoch, percent."""
     best_top1: float
     best_epoch: int
     folder: RunFolder
@@ -82,6 +81,7 @@ class Trainer:
         self.config, self.world = config, world
         self.folder = RunFolder(config.run.output or default_output(config))
         resume_point, self.notes = find_resume_point(config.run.resume, self.folder, world)
+        self._in_first_process(lambda: self.folder.check(self._may_hold_files(resume_point)))
         self.parts = parts = build_components(config, world)
         self.state = parts.state
         images = (batches.dataset.images for batches in (parts.batches, parts.val_batches))
@@ -99,15 +99,16 @@ class Trainer:
             self.state,
             parts.preprocess,
             should_stop=lambda: self.stop.name is not None,
-            count_broken=lambda: len(parts.broken.fresh),
+            count_unreadable=lambda: len(parts.unreadable.fresh),
         )
-        self._open_folder(resume_point)
+        self.log: MetricsLog | None = None
+        self._in_first_process(lambda: self._open_folder(resume_point))
         if resume_point is not None:
             self._recover_best(RunFolder(resume_point.parent))
 
     def _restore(self, resume_point: Path) -> None:
         self.notes += self.state.restore(resume_point, self.world)
-        self.parts.broken.messages = list(self.state.broken)
+        self.parts.unreadable.messages = list(self.state.unreadable)
         if self.state.epoch > self.config.schedule.epochs:
             raise UserError(
                 f"--epochs {self.config.schedule.epochs}: {resume_point} has done {self.state.epoch} already; "
@@ -122,7 +123,7 @@ class Trainer:
         state, epoch = self.state, self.state.best_epoch
         if epoch == 0:
             return
-        found = self.world.share(source.find_best_of(epoch) if self.world.is_primary else None)
+        found = self.world.broadcast(source.find_best_of(epoch) if self.world.is_primary else None)
         is_own = source.path.resolve() == self.folder.path.resolve()
         if found is not None:
             if not is_own:
@@ -138,14 +139,12 @@ class Trainer:
     def _save_best(self, write: Callable[[Path], None]) -> None:
         self.folder.replace(BEST, write, self.world, {"epoch": self.state.best_epoch})
 
-    def _open_folder(self, resume_point: Path | None) -> None:
-        self.log: MetricsLog | None = None
+    def _in_first_process(self, work: Callable[[], None]) -> None:
+        """Do what concerns the folder; what is wrong with it is an error of all processes."""
         error = None
         try:
             if self.world.is_primary:
-                records = self._claim_folder(resume_point)
-                self.log = MetricsLog(self.folder.metrics, self.folder.table, records, self._open_sinks())
-                write_recipe(self.config, self.folder.config)
+                work()
         except UserError as caught:
             error = caught
         except OSError as caught:
@@ -155,17 +154,23 @@ class Trainer:
         if message := first_exception(self.world, error):
             raise UserError(message) from error
 
-    def _claim_folder(self, resume_point: Path | None) -> list[dict]:
+    def _may_hold_files(self, resume_point: Path | None) -> bool:
         if resume_point is None:
             # Under auto, a folder without a checkpoint is that of a run that ended before its first one.
-            self.folder.claim(may_hold_files=self.config.run.resume == "auto" or is_restarted())
-            return []
-        source = RunFolder(resume_point.parent)
-        is_own = source.path.resolve() == self.folder.path.resolve()
-        self.folder.claim(may_hold_files=is_own or is_restarted())
-        if odd := count_odd_lines(source.metrics):
-            self.notes.append(f"{source.metrics}: {odd} lines are no records and are left out")
-        return read_records(source.metrics, last_epoch=self.state.epoch, last_step=self.state.step)
+            return self.config.run.resume == "auto" or is_restarted()
+        return resume_point.parent.resolve() == self.folder.path.resolve() or is_restarted()
+
+    def _open_folder(self, resume_point: Path | None) -> None:
+        """Claim it, and start its records with those that led to the checkpoint."""
+        self.folder.claim(self._may_hold_files(resume_point))
+        records = []
+        if resume_point is not None:
+            source = RunFolder(resume_point.parent).metrics
+            if odd := count_odd_lines(source):
+                self.notes.append(f"{source}: {odd} lines are no records and are left out")
+            records = read_records(source, last_epoch=self.state.epoch, last_step=self.state.step)
+        self.log = MetricsLog(self.folder.metrics, self.folder.table, records, self._open_sinks())
+        write_recipe(self.config, self.folder.config)
 
     def _open_sinks(self) -> list[Sink]:
         run, sinks = self.config.run, []
@@ -207,11 +212,11 @@ class Trainer:
         model, config, parts = self.state.model, self.config, self.parts
         parameters = sum(parameter.numel() for parameter in model.parameters())
         size = "x".join(map(str, parts.spec.img_size))
-        train, held_out = parts.batches.sampler.num_images, parts.val_batches.sampler.num_images
+        train, val = parts.batches.sampler.num_images, parts.val_batches.sampler.num_images
         start = f"; from epoch {self.state.epoch + 1}, update {self.state.step}" if self.state.step else ""
         return (
             f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {size} px; {config.data.name}: "
-            f"{train} training and {held_out} held-out images, {model.num_classes} classes; "
+            f"{train} training and {val} val images, {model.num_classes} classes; "
             f"{self.world.size} x {self.world.device}, {resolve_precision(config.run, self.world.device)}{start}"
         )
 
@@ -271,8 +276,8 @@ class Trainer:
     def _note(self, report: UpdateReport, group: Sequence[Batch], meter: Meter) -> None:
         """Keep the books of an update."""
         state, config = self.state, self.config
-        if report.broken:
-            self._share_broken_images()
+        if report.unreadable:
+            self._gather_unreadable()
         if not report.is_finite:
             self._note_skip(report, group)
             return
@@ -298,13 +303,13 @@ class Trainer:
         if line := self.profiler.step():
             self.screen.say(line)
 
-    def _share_broken_images(self) -> None:
-        messages = [message for share in self.world.collect(self.parts.broken.fresh) for message in share]
-        for message in self.parts.broken.merge(messages):
+    def _gather_unreadable(self) -> None:
+        messages = [message for found in self.world.all_gather(self.parts.unreadable.fresh) for message in found]
+        for message in self.parts.unreadable.merge(messages):
             self.screen.say(f"{message}; another image takes its place")
             if self.log is not None:
                 self.log.add("unreadable", epoch=self.state.epoch + 1, step=self.state.step, message=message)
-        self.state.broken = list(self.parts.broken.messages)
+        self.state.unreadable = list(self.parts.unreadable.messages)
 
     def _note_skip(self, report: UpdateReport, group: Sequence[Batch]) -> None:
         state, limit = self.state, self.config.optimizer.max_skips
@@ -337,8 +342,8 @@ class Trainer:
         # DDP's forward pass would synchronise buffers at every batch.
         model = model.module if isinstance(model, DistributedDataParallel) else model
         metrics = evaluate(model, self.parts.val_batches, self.parts.val_preprocess, context, self.world)
-        if self.world.any(bool(self.parts.broken.fresh)):
-            self._share_broken_images()
+        if self.world.any(bool(self.parts.unreadable.fresh)):
+            self._gather_unreadable()
         return metrics
 
     def _save_inside_epoch(self) -> None:
@@ -354,7 +359,7 @@ class Trainer:
                 f"the weights are not finite by epoch {self.state.epoch + 1}, update {self.state.step}: lower --lr, "
                 "set --clip-grad 1.0, or use --precision float32; the last checkpoint is from before"
             )
-        write = self.state.prepare(self.world, as_shares=self.config.run.sharded_checkpoints)
+        write = self.state.prepare(self.world, sharded=self.config.run.sharded_checkpoints)
         self.folder.replace("last", write, self.world, self.state.facts())
 
     def _save_epoch(self, top1: float) -> None:
@@ -372,7 +377,7 @@ class Trainer:
                 self.folder.keep_newest(run.keep)
 
     def _pause(self) -> None:
-        name = next((name for name in self.world.collect(self.stop.name) if name), "a signal")
+        name = next((name for name in self.world.all_gather(self.stop.name) if name), "a signal")
         raise RunPaused(
             f"{name} after epoch {self.state.epoch}, update {self.state.step}: saved in "
             f"{self.folder.path / 'last'}; --resume auto goes on from there"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..command import parse_options
-from .config import TrainConfig, check_fields
+from ..command import check_fields, parse_options
+from .config import TrainConfig
 from .recipe import RECIPES, list_recipes, read_recipe
 
 
@@ -16,8 +16,6 @@ class RecipesArguments:
     """Processes (GPUs) to reckon with."""
     batch_size: int | None = None
     """Images per process and forward pass; that of each recipe if not given."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         check_fields(self, processes="[1, inf)", batch_size="[1, inf)")

@@ -14,8 +14,8 @@ import yaml
 from ..checkpoints import write_atomically
 from ..command import parse_options
 from ..errors import UserError, first_line, nearest
-from .config import SECTIONS, ScheduleConfig, TrainConfig, parse_scalar
-from .strict_yaml import load_yaml
+from .config import SECTIONS, ScheduleConfig, TrainConfig
+from .strict_yaml import load_yaml, parse_scalar
 
 RECIPES = Path(__file__).parent.parent / "configs"
 
@@ -26,8 +26,6 @@ class TrainArguments(TrainConfig):
 
     config: str | None = None
     """YAML recipe: a file, or the name of one that comes with the package, such as first_run."""
-    debug: bool = False
-    """Show the traceback of an error."""
     dry_run: bool = False
     """Build everything, make one update, show shapes, size, cost, memory and the schedule, and end."""
     overfit_batch: int = 0

@@ -40,6 +40,17 @@ def load_yaml(text: str) -> Any:
         loader.dispose()
 
 
+def parse_scalar(text: str) -> Any:
+    """A value as YAML reads it, and ``1e-3`` as the number that YAML 1.1 takes for a string."""
+    value = load_yaml(text)
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def _count_nodes(root: yaml.Node | None) -> None:
     waiting, count = [root] * (root is not None), 0
     while waiting:

@@ -27,12 +27,12 @@ class UpdateReport(NamedTuple):
     Attributes:
         loss: mean over the group's images, of all processes.
         stop: whether a process was asked to end.
-        broken: images newly found unreadable.
+        unreadable: images newly found unreadable.
     """
 
     loss: float
     stop: bool
-    broken: int
+    unreadable: int
 
     @property
     def is_finite(self) -> bool:
@@ -80,7 +80,7 @@ class Updater:
         state: changed by each update.
         preprocess: a batch's last steps.
         should_stop: whether this process was asked to end.
-        count_broken: images that this process newly found unreadable.
+        count_unreadable: images that this process newly found unreadable.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Updater:
         state: TrainState,
         preprocess: Preprocess,
         should_stop: Callable[[], bool] = lambda: False,
-        count_broken: Callable[[], int] = lambda: 0,
+        count_unreadable: Callable[[], int] = lambda: 0,
     ):
         self.config, self.world, self.state, self.preprocess = config, world, state, preprocess
-        self.should_stop, self.count_broken = should_stop, count_broken
+        self.should_stop, self.count_unreadable = should_stop, count_unreadable
         self.statistics = NormStatistics(state.model)
 
     def run(self, group: Sequence[Batch], key: tuple[int, ...]) -> UpdateReport:
@@ -117,8 +117,8 @@ class Updater:
                 # On its way before the backward pass, so that the host learns of it while the device is at that.
                 arrival = self._announce(total) if completes else None
                 self._backward(loss)
-        loss_sum, stop, broken = arrival.read()
-        report = UpdateReport(loss_sum / self.world.size, stop > 0, round(broken))
+        loss_sum, stop, unreadable = arrival.read()
+        report = UpdateReport(loss_sum / self.world.size, stop > 0, round(unreadable))
         self._step() if report.is_finite else self._leave_out()
         return report
 
@@ -127,9 +127,9 @@ class Updater:
         values[0] = loss
         if self.should_stop():
             values[1] = 1
-        if count := self.count_broken():
+        if count := self.count_unreadable():
             values[2] = count
-        return self.world.add_up(values)
+        return self.world.all_reduce(values)
 
     def _backward(self, loss: Tensor) -> None:
         scaler = self.state.scaler

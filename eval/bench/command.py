@@ -1,10 +1,9 @@
 """``vicinal bench``: hands over to the benchmark of operators, of models or of training."""
 
 import importlib
-import sys
 from collections.abc import Sequence
 
-from ...errors import USAGE_EXIT_CODE, nearest
+from ...errors import UserError, nearest
 
 USAGE = """usage: vicinal bench ops [options]
        vicinal bench models [options]
@@ -22,5 +21,4 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     hint = nearest(command, PARTS, count=1) or f"vicinal bench {', '.join(PARTS[:-1])} or {PARTS[-1]}"
-    print(f"error: unknown benchmark {command!r}; {hint}", file=sys.stderr)
-    return USAGE_EXIT_CODE
+    raise UserError(f"unknown benchmark {command!r}; {hint}")

@@ -3,6 +3,11 @@
 Every implementation of a case runs in turn, again and again, inside one process, and the least process CPU time of each
 counts (for training, where differences of a percent matter, the median): other work on the machine slows all of them
 alike. Ratios inside one run count; times of two runs do not.
+
+``torch.utils.benchmark`` and ``triton.testing.do_bench`` time one implementation after the other by the clock, so
+that a busy moment falls on one of them alone; and ``do_bench`` empties the cache once before a call, which is over
+before the host has queued a small operator, so that it measures the host. What ``do_bench_cudagraph`` does with a
+graph of many calls, :func:`replayed_seconds` does with one, for which whole models have the memory.
 """
 
 import csv

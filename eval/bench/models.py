@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import zoo  # noqa: F401  registers our models with timm
-from ...command import parse_options
+from ...command import check_fields, parse_options
 from ...errors import UserError, first_line, nearest
 from ...kernels import backend
-from ...train.config import check_fields
 from .measure import check_table, peak_bytes, print_table, replayed_seconds, step_times, tracked, write_table
 from .official_mixers import official_mixers
 
@@ -64,8 +63,6 @@ class BenchOptions:
     """Runs of which the fastest counts."""
     csv: Path | None = None
     """Also write the table to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         check_fields(self, batch_size="[1, inf)", repeats="[1, inf)", img_size="[1, inf)")

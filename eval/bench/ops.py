@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...command import parse_options
+from ...command import check_fields, parse_options
 from ...errors import UserError, nearest
 from ...kernels import backend
 from ...kernels.dispatch import BACKENDS
-from ...train.config import check_fields
 from .measure import Ceilings, check_table, kernel_times, measure_ceilings, peak_bytes, report, tracked
 from .ops_cases import SHAPES, Problem, make_problem
 
@@ -52,8 +51,6 @@ class BenchOptions:
     """Implementations to leave out, such as reference."""
     csv: Path | None = None
     """Also write the table to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         check_fields(self, repeats="[1, inf)")

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from ...command import parse_options
+from ...command import check_fields, parse_options
 from ...errors import UserError
-from ...train.components import Components
+from ...train.build import Components
 from ...train.config import (
     AugmentationConfig,
     DataConfig,
@@ -23,7 +23,6 @@ from ...train.config import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    check_fields,
 )
 from ...train.data.images import FolderImages
 from ...train.data.transforms import InputSpec, Preprocess, train_batches
@@ -52,8 +51,6 @@ class BenchOptions:
     """Turns of each; a quarter of them should give nearly the ratio of all."""
     csv: Path | None = None
     """Also write the table to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         check_fields(self, batch_size="[1, inf)", images="[1, inf)", turns=f"[{QUARTERS}, inf)")

@@ -21,11 +21,10 @@ from typing import Literal, NamedTuple
 import torch
 
 from ...checkpoints import write_atomically
-from ...command import parse_options
+from ...command import check_fields, parse_options
 from ...errors import UserError, run_command
 from ...kernels import launch
 from ...outputs import check_output_file
-from ...train.config import check_fields
 from .kernel_table import ARCHITECTURES, CASES, Case, Resources, compile_launch, record_case, run_case
 
 BLOCKS, WARPS, STAGES = (64, 32, 16), (4, 8), (1, 2)

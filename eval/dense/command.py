@@ -14,9 +14,12 @@ from ...checkpoints import write_atomically
 from ...command import parse_options
 from ...errors import UserError, first_line, nearest
 from ...outputs import check_output_file
-from ...train.dense.options import DenseData, require_packages, train_command
+from ...train.dense.command import train_command
+from ...train.dense.options import DenseData, require_packages
 
 WEIGHTS_FILE = "model.safetensors"
+FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF", "bmp": "BMP"}
+"""Of pictures: their names in PIL, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,6 @@ class DenseTest:
     """CPU threads; 0 leaves torch's choice."""
     json: str | None = None
     """Also write the result to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,10 @@ class DenseShow:
     score: float = 0.5
     """Least score of a drawn detection."""
     output: str = "predictions.png"
-    """Picture to write."""
+    """Picture to write; its suffix chooses the format, such as .png or .jpg."""
     data: DenseData = field(default_factory=DenseData)
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         if self.count < 1:
@@ -99,7 +98,7 @@ def measure_or_draw(task: str, action: str, argv: Sequence[str]) -> int:
     output = {"--output": arguments.output} if action == "show" else {"--json": arguments.json}
     for flag, path in output.items():
         if path is not None:
-            check_output_file(flag, path)
+            check_output_file(flag, path, FORMATS if action == "show" else ())
     if action == "show":
         print(f"picture: {show(task, arguments)}")
         return 0
@@ -150,7 +149,9 @@ def show(task: str, arguments: DenseShow) -> Path:
         packed = [dataset[s] if isinstance(s, int) else transform({"img_path": s, "img_id": 0}) for s in samples]
         predicted = [model.test_step({key: [value] for key, value in item.items()})[0] for item in packed]
     picture = draw_predictions(predicted, dataset.metainfo["classes"], arguments.score)
-    return write_atomically(arguments.output, lambda path: picture.save(path, "PNG"))
+    kind = FORMATS[Path(arguments.output).suffix.lower().removeprefix(".")]
+    # Of PNG, TIFF and BMP, which lose nothing, PIL ignores the quality.
+    return write_atomically(arguments.output, lambda path: picture.save(path, kind, quality=95))
 
 
 def say_notes(notes: Sequence[str]) -> None:

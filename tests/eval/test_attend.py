@@ -20,6 +20,9 @@ def test_records_every_attention_module_without_changing_the_output():
     assert torch.equal(model(images), logits)
     assert len(records) == sum(hasattr(module, "attention_weights") for module in model.modules())
     assert len({record.name for record in records}) == len(records)
+    # The deeper maps are smaller than a neighborhood, and padded while attention runs.
+    assert {record.weights.shape[1:3] for record in records} == {(16, 12), (8, 6), (4, 3), (2, 2)}
+    assert all(record.weights.shape[:3] == record.received.shape for record in records)
     first = records[0]
     assert first.weights.shape[:3] == (2, 16, 12)
     assert first.received.shape == (2, 16, 12)

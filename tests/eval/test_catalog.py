@@ -8,6 +8,7 @@ from timm.models import model_entrypoint
 
 import vicinal.zoo  # noqa: F401
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.eval.catalog import MARKDOWN_HEADER, describe
 
 README = Path(__file__).parents[2] / "README.md"
@@ -41,6 +42,13 @@ def test_a_row_has_the_official_figures():
     assert (row.parameters, row.macs, row.input_size, row.top1) == (19984174, 2694812672, (224, 224), 81.8)
     assert describe("nat_pico").top1 is None
     assert describe("litv2_base").top1 == 83.6  # its weights for 384 pixels reach 84.7
+
+
+def test_a_row_of_no_model():
+    with pytest.raises(UserError, match=r"^nat_min: no such model; did you mean nat_mini, .*\?$"):
+        describe("nat_min")
+    with pytest.raises(UserError, match=r"^qqq: no such model; vicinal models lists ours$"):
+        describe("qqq")
 
 
 def test_the_command_takes_no_options(capsys):

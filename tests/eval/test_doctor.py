@@ -20,6 +20,7 @@ def test_report(capsys: pytest.CaptureFixture) -> None:
     cpu = text[text.index("\ncpu: ") :]
     operators = [name for name in vars(kernels) if name.endswith("_attention")]
     assert len(operators) == 6
+    assert "(torch." not in text
     for name in operators:
         assert f"  {name}: tiled (float32)\n    fused: " in cpu
         assert f"  {name}: tiled (bfloat16)\n    fused: " in cpu

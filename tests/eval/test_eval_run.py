@@ -43,7 +43,7 @@ def write_images(root, counts, levels=LEVELS):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on 60 images of three classes, half of which are held out by seed 1; its held-out accuracy."""
+    """A run on 60 images of three classes, half of which are the val split by seed 1; its val accuracy."""
     root = tmp_path_factory.mktemp("run")
     write_images(root / "images", dict.fromkeys(LEVELS, 20))
     data = ("--data", root / "images", "--val-fraction", 0.5, "--split-seed", 1, "--batch-size", 10)
@@ -175,18 +175,18 @@ def test_a_measure_over_no_image_is_an_error(run, capsys, monkeypatch):
         raise UnreadableImage(f"cannot read image {index}")
 
     monkeypatch.setattr(FolderImages, "load", fail)
-    assert main(["eval", str(run[0]), "--max-broken", "100", "--device", "cpu"]) == 2
+    assert main(["eval", str(run[0]), "--max-unreadable", "100", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "none of the 30 held-out images can be read" in line
+    assert "none of the 30 val images can be read" in line
 
 
-def test_a_run_whose_held_out_images_are_all_unreadable_fails(run, capsys, monkeypatch, tmp_path):
+def test_a_run_whose_val_images_are_all_unreadable_fails(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
         EvalDataset, "__getitem__", lambda dataset, index: (torch.zeros(3, 32, 32, dtype=torch.uint8), -1, ())
     )
-    arguments = (*FLAGS, "--data", run[0].parent / "images", "--batch-size", 10, "--epochs", 2, "--max-broken", 100)
+    arguments = (*FLAGS, "--data", run[0].parent / "images", "--batch-size", 10, "--epochs", 2, "--max-unreadable", 100)
     assert main(["train", *map(str, arguments), "--output", str(tmp_path / "out")]) == 2
-    assert "none of the 12 held-out images can be read" in capsys.readouterr().err
+    assert "none of the 12 val images can be read" in capsys.readouterr().err
     assert not (tmp_path / "out" / "best").exists()
 
 

@@ -36,8 +36,8 @@ def test_several_runs_in_one_picture(run, tmp_path, capsys):
     picture = tmp_path / "out.png"
     assert main(["plot", *map(str, paths), "--output", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "first/run: 3 epochs, best held-out top-1 30.00 % in epoch 3" in out
-    assert "second/run: 2 epochs" in out
+    assert "first/run: 3 epochs, best val top-1 30.00 % in epoch 3" in out
+    assert "second/run: 2 epochs, best val top-1 20.00 % in epoch 2" in out
     assert Image.open(picture).size == (1440, 840)
 
 
@@ -64,8 +64,17 @@ def test_labels_are_as_short_as_they_can_be():
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert main(["plot"]) == 2
     assert main(["plot", str(tmp_path)]) == 2
-    assert "no records of a run" in capsys.readouterr().err
+    assert "metrics.jsonl is not that of a run: it is missing or empty" in capsys.readouterr().err
     assert main(["plot", str(tmp_path), str(tmp_path)]) == 2
+
+
+def test_lines_that_are_no_records_are_counted(run, capsys):
+    folder = run("run", epochs=1)
+    records = read_run(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"event": "st')
+    assert read_run(folder) == records
+    assert capsys.readouterr().err == f"note: {folder}: 1 lines of metrics.jsonl are no records and are left out\n"
 
 
 SIGNATURES = {

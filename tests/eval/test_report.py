@@ -1,11 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from vicinal.__main__ import main
+from vicinal.errors import UserError
 from vicinal.eval.classify import load_model
-from vicinal.eval.report import NUM_EXAMPLES, choose_examples
+from vicinal.eval.report import NUM_EXAMPLES, _round_robin, choose_examples
 from vicinal.train.config import TrainConfig
+from vicinal.train.data.decode import UnreadableImage
+from vicinal.train.data.images import open_images
+from vicinal.train.data.transforms import InputSpec, eval_transform
 from vicinal.train.recipe import read_recipe
 
 
@@ -23,7 +29,7 @@ def test_a_run_with_report_ends_with_accuracy_checkpoint_and_picture(tmp_path, c
     arguments = ["--config", "first_run", "--model", "test_resnet", "--epochs", "1", "--warmup-epochs", "0"]
     assert main(["train", *arguments, "--device", "cpu", "--output", str(folder)]) == 0
     lines = capsys.readouterr().out.strip().splitlines()[-3:]
-    assert lines[0].startswith("held-out accuracy: ")
+    assert lines[0].startswith("val accuracy: ")
     assert lines[1] == f"checkpoint: {folder / 'best'}"
     assert lines[2] == f"picture: {folder / 'report.png'}"
     # A network without attention modules has no maps, and still its picture.
@@ -56,8 +62,41 @@ def test_examples_tell_the_truth(run):
         assert [attention.shape for attention in example.attention] == [(8, 8), (4, 4)]
 
 
+class PartlyUnreadable:
+    """Images of which one in three cannot be read, or none."""
+
+    def __init__(self, images, step):
+        self.images, self.step, self.targets, self.classes = images, step, images.targets, images.classes
+
+    def load(self, index):
+        if index % self.step == 0:
+            raise UnreadableImage(f"cannot read image {index}.png")
+        return self.images.load(index)
+
+
+def test_unreadable_images_are_left_out_and_named(run, monkeypatch, capsys):
+    config = TrainConfig(**read_recipe(run / "config.yaml"))
+    train, val = open_images(replace(config.data, val_fraction=0.02))
+    monkeypatch.setattr("vicinal.eval.report.open_images", lambda _: (train, PartlyUnreadable(val, 3)))
+    model = load_model(run / "best")
+    examples = choose_examples(model, config)
+    assert len(examples) == NUM_EXAMPLES
+    shown = {example.pixels.tobytes() for example in examples}
+    transform = eval_transform(InputSpec.resolve(config.data, model.pretrained_cfg))
+    pixels = [transform(val.load(index)).permute(1, 2, 0).numpy().tobytes() for index in range(len(val.targets))]
+    assert shown <= {each for index, each in enumerate(pixels) if index % 3}
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: cannot read image {index}.png; it is left out of the report"
+        for index in _round_robin(val.targets)
+        if index % 3 == 0
+    ]
+    monkeypatch.setattr("vicinal.eval.report.open_images", lambda _: (train, PartlyUnreadable(val, 1)))
+    with pytest.raises(UserError, match="none of the val images can be read"):
+        choose_examples(model, config)
+
+
 @pytest.mark.parametrize(
-    ("files", "message"), [({}, "holds no config.yaml"), ({"config.yaml": "run: {}"}, "no epoch is finished")]
+    ("files", "message"), [({}, "holds no config.yaml"), ({"config.yaml": "run:\n"}, "no epoch is finished")]
 )
 def test_report_of_no_run_is_one_line(tmp_path, capsys, files, message):
     for name, text in files.items():

@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
+from vicinal.errors import UserError
 from vicinal.eval import catalog, classify, doctor, plot, report
 from vicinal.eval.attend import AttentionRecord
 from vicinal.eval.bench import kernel_table, measure, models, ops, train, tune
@@ -19,7 +20,7 @@ from vicinal.eval.bench.measure import Ceilings
 from vicinal.kernels import launch
 from vicinal.train.config import DataConfig, TrainConfig
 from vicinal.train.data.images import UnreadableImage
-from vicinal.train.data.loader import BrokenImages
+from vicinal.train.data.loader import UnreadableCounter
 from vicinal.train.data.transforms import InputSpec, Preprocess, eval_batches
 from vicinal.train.evaluate import evaluate
 from vicinal.train.run.world import World
@@ -32,40 +33,40 @@ CPU = torch.device("cpu")
 class Noise:
     """Images of one grey each, whose class is anything; some cannot be read."""
 
-    def __init__(self, count, broken=()):
-        self.broken, self.classes = broken, list("abcdefgh")
+    def __init__(self, count, unreadable=()):
+        self.unreadable, self.classes = unreadable, list("abcdefgh")
         self.targets = np.random.default_rng(0).integers(0, 8, count).tolist()
 
     def load(self, index):
         from PIL import Image
 
-        if index in self.broken:
+        if index in self.unreadable:
             raise UnreadableImage(f"cannot read image {index}")
         return Image.new("RGB", (4, 4), (index * 3,) * 3)
 
 
-@pytest.mark.parametrize("broken", [(), (3, 22)])
+@pytest.mark.parametrize("unreadable", [(), (3, 22)])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_accuracies_and_loss_are_those_of_scikit_learn(broken, size):
+def test_accuracies_and_loss_are_those_of_scikit_learn(unreadable, size):
     """23 images in batches of four, on as many processes, whose wrapped-around images count for nothing."""
     torch.manual_seed(0)
     table = torch.randn(256, 8)
-    images = Noise(23, broken)
+    images = Noise(23, unreadable)
     spec = InputSpec((4, 4), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
-    counted = [index for index in range(23) if index not in broken]
+    counted = [index for index in range(23) if index not in unreadable]
     logits = table[[index * 3 for index in counted]]
     labels = [images.targets[index] for index in counted]
-    shares = []
+    parts = []
     for rank in range(size):
         world = World(CPU, rank=rank, size=size)
-        batches = eval_batches(images, DataConfig(batch_size=4, workers=0), spec, world, BrokenImages(9))
+        batches = eval_batches(images, DataConfig(batch_size=4, workers=0), spec, world, UnreadableCounter(9))
         model = Lookup(table).train()
-        # On one process the sums are not gathered: the shares are added up below.
-        shares.append(evaluate(model, batches, Preprocess(spec, CPU, 8), nullcontext(), World(CPU)))
+        # On one process the sums are not gathered: the parts are added up below.
+        parts.append(evaluate(model, batches, Preprocess(spec, CPU, 8), nullcontext(), World(CPU)))
         assert not model.training
-    assert sum(share["images"] for share in shares) == len(counted)
-    weights = [share["images"] / len(counted) for share in shares]
-    found = {name: sum(w * share[name] for w, share in zip(weights, shares, strict=True)) for name in shares[0]}
+    assert sum(part["images"] for part in parts) == len(counted)
+    weights = [part["images"] / len(counted) for part in parts]
+    found = {name: sum(w * part[name] for w, part in zip(weights, parts, strict=True)) for name in parts[0]}
     classes = list(range(8))
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, logits.argmax(1)), abs=1e-4)
     assert found["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=classes), abs=1e-4)
@@ -357,11 +358,12 @@ class Guess(nn.Module):
     def __init__(self, wrong):
         super().__init__()
         self.wrong, self.pretrained_cfg, self.num_classes = wrong, {}, 4
+        self.scale = nn.Parameter(torch.tensor(math.log(9)))
 
     def forward(self, x):
         grey = (x[:, 0, 0, 0] * 255).round().long()
         guess = (grey % 4 + torch.tensor([index in self.wrong for index in grey.tolist()])) % 4
-        return nn.functional.one_hot(guess, 4).float() * math.log(9)
+        return nn.functional.one_hot(guess, 4).float() * self.scale
 
 
 class Greys:
@@ -405,10 +407,10 @@ def test_the_picture_says_the_best_epoch_and_the_time_of_all():
     examples = [report.Example(pixels, "cat", name, 0.756, maps) for name in ("cat", "dog")]
     figure = Figure()
     report._draw(figure, TrainConfig(), epochs, examples)
-    assert figure.get_suptitle().strip() == "nat_pico on digits: 90.12 % of 60 held-out images after 92 s of training"
+    assert figure.get_suptitle().strip() == "nat_pico on digits: 90.12 % of 60 val images after 92 s of training"
     loss, accuracy, *grid = [axes for part in figure.subfigs for axes in part.axes]
     assert [line.get_ydata().tolist() for line in map(as_arrays, loss.lines)] == [[3.0, 1.5, 1.0], [2.0, 1.0, 2 / 3]]
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training (augmented, smoothed)", "held out"]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training (augmented, smoothed)", "val"]
     assert accuracy.texts[0].get_text() == "best 90.12 %, epoch 2"
     curve, point = map(as_arrays, accuracy.lines)
     assert curve.get_ydata().tolist() == [50.0, 90.125, 80.0]
@@ -443,7 +445,7 @@ def steps(count, per_epoch):
 def test_a_run_in_its_first_epoch_is_summed_up_by_its_last_update():
     assert plot.summarize("run", steps(7, 10)) == "run: update 7, training loss 7.0000"
     epochs = [{"event": "epoch", "epoch": n, "val_top1": top1} for n, top1 in enumerate((20.0, 60.125, 50.0), 1)]
-    assert plot.summarize("run", epochs) == "run: 3 epochs, best held-out top-1 60.12 % in epoch 2"
+    assert plot.summarize("run", epochs) == "run: 3 epochs, best val top-1 60.12 % in epoch 2"
 
 
 def test_updates_are_placed_by_the_updates_of_an_epoch():
@@ -486,7 +488,7 @@ def test_every_panel_shows_its_values(tmp_path, monkeypatch):
     assert [list(axes.lines[0].get_ydata()) for axes in (val_loss, top1)] == [[1.0, 0.5], [10.0, 20.0]]
     assert list(lr.lines[0].get_ydata()) == [0.5] * 202
     assert [axes.get_title() for axes in figures[0].axes] == [
-        *("training loss", "held-out loss", "held-out top-1, %", "learning rate")
+        *("training loss", "val loss", "val top-1, %", "learning rate")
     ]
 
 
@@ -580,15 +582,29 @@ def test_occupancy_goes_by_what_runs_out_first(monkeypatch, registers, shared, o
 # --- Checkpoints and devices
 
 
-@pytest.mark.parametrize(
-    ("classes", "targets", "missing"),
-    [(["cat", "dog"], [0, 1, 1], []), (["dog", "cat"], [1, 0, 0], []), (["dog"], [1, 1, 1], ["cat"])],
-)
-def test_targets_are_the_models_numbers_of_their_classes(classes, targets, missing):
+def test_classes_are_those_of_the_model_by_name():
     model = SimpleNamespace(num_classes=2, pretrained_cfg={"label_names": ["cat", "dog"]})
-    images = SimpleNamespace(classes=classes, targets=[0, 1, 1] if len(classes) == 2 else [0, 0, 0])
-    matched, lacking = classify.match_classes(model, images, "run")
-    assert (list(matched.targets), lacking) == (targets, missing)
+
+    def matched(*classes):
+        images = SimpleNamespace(classes=classes, targets=list(range(len(classes))))
+        found, missing = classify.match_classes(model, images, "run")
+        return list(found.targets), missing
+
+    assert matched("cat", "dog") == ([0, 1], [])
+    assert matched("dog", "cat") == ([1, 0], [])
+    assert matched("dog") == ([1], ["cat"])
+    with pytest.raises(UserError, match=r"run has 2 classes, the data 1, of which it does not know 'cow'.*cat..dog"):
+        matched("cow")
+
+
+def test_a_path_means_itself_then_the_best_then_the_last_model(tmp_path):
+    for place, note in (("last", "best is not there"), ("best", None), (".", None)):
+        (tmp_path / place).mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / place / name).touch()
+        found, said = classify.find_model(str(tmp_path))
+        assert found == tmp_path / place
+        assert said is None if note is None else note in said
 
 
 def test_a_gpu_is_described_by_name_capability_and_memory(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from vicinal.train.data.images import load_digits
 
-TRAIN, HELD_OUT = 500, 40
+TRAIN, VAL = 500, 40
 
 
 def png(image):
@@ -26,7 +26,7 @@ def digit_samples():
     """(split, class name, file name, content) in the order of the class and of the name."""
     digits = load_digits()
     found = []
-    for split, first, count in (("train", 0, TRAIN), ("val", TRAIN, HELD_OUT)):
+    for split, first, count in (("train", 0, TRAIN), ("val", TRAIN, VAL)):
         for index in sorted(range(first, first + count), key=lambda index: (digits.targets[index], index)):
             found.append(
                 (split, str(digits.targets[index]), f"{digits.targets[index]}-{index:04d}.png", png(digits.load(index)))

@@ -18,7 +18,7 @@ from vicinal.errors import UserError
 from vicinal.train.config import AugmentationConfig, DataConfig
 from vicinal.train.data.decode import UnreadableImage
 from vicinal.train.data.images import open_images
-from vicinal.train.data.loader import IGNORED_TARGET, BrokenImages, NoReplacement
+from vicinal.train.data.loader import IGNORED_TARGET, NoReplacement, UnreadableCounter
 from vicinal.train.data.order import SampleKey
 from vicinal.train.data.readers import TarImages, WebDatasetImages, read_info
 from vicinal.train.data.stream_files import TarShards
@@ -111,9 +111,9 @@ def test_labels_in_json_are_whole_numbers(reader, tmp_path):
     assert list(getattr(images, "targets", None) or [example.target for example in images.read(0, 0)]) == [1, 0, 1]
     (line,) = images.left_out
     assert line.endswith("whole number): 1.png, 2.png, 3.png, 4.png, 7.a.png, and 1 more")
-    broken = write_tar(tmp_path / "broken.tar", [("0.png", PNG), ("0.json", b"{" * 100_000)])
-    with pytest.raises(UserError, match=r"broken\.tar: 0\.json is not JSON"):
-        READERS[reader](broken)
+    unreadable = write_tar(tmp_path / "unreadable.tar", [("0.png", PNG), ("0.json", b"{" * 100_000)])
+    with pytest.raises(UserError, match=r"unreadable\.tar: 0\.json is not JSON"):
+        READERS[reader](unreadable)
 
 
 def test_labels_outside_the_classes_are_refused_where_shards_are_indexed(tmp_path):
@@ -297,11 +297,11 @@ def test_tables_open_no_other_files_and_may_hold_nothing(tmp_path):
 class Spoilt:
     """Ten images of as many classes, of which some cannot be read."""
 
-    def __init__(self, broken):
-        self.broken, self.targets, self.classes = broken, list(range(10)), list("0123456789")
+    def __init__(self, unreadable):
+        self.unreadable, self.targets, self.classes = unreadable, list(range(10)), list("0123456789")
 
     def load(self, index):
-        if index in self.broken:
+        if index in self.unreadable:
             raise UnreadableImage(f"cannot read image {index}")
         return Image.new("RGB", (4, 4), (20 * index,) * 3)
 
@@ -324,13 +324,13 @@ def test_a_replacement_has_its_own_class():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_that_takes_the_place_of_an_image_ends_the_run_in_one_line(workers):
-    config = DataConfig(batch_size=2, workers=workers, max_broken=1000)
+    config = DataConfig(batch_size=2, workers=workers, max_unreadable=1000)
     batches = train_batches(Spoilt(set(range(10))), config, AugmentationConfig(), SPEC, 0, World(CPU))
     with pytest.raises(UnreadableImage, match="100 images in a row cannot be read, the last: cannot read image"):
         next(iter(batches))
-    broken = BrokenImages(5)
+    unreadable = UnreadableCounter(5)
     with pytest.raises(UserError, match="nothing; vicinal data check lists all of them"):
-        broken.add(NoReplacement("nothing"))
+        unreadable.add(NoReplacement("nothing"))
 
 
 def test_a_run_over_unreadable_images_ends_with_exit_code_2(tmp_path, train, capsys):
@@ -340,7 +340,9 @@ def test_a_run_over_unreadable_images_ends_with_exit_code_2(tmp_path, train, cap
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     assert (
-        train("--data", tmp_path / "data", "--batch-size", 2, "--workers", 0, "--max-broken", 1000, "--epochs", 1)[0]
+        train("--data", tmp_path / "data", "--batch-size", 2, "--workers", 0, "--max-unreadable", 1000, "--epochs", 1)[
+            0
+        ]
         == 2
     )
     assert "images in a row cannot be read" in capsys.readouterr().err

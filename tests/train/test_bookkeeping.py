@@ -114,7 +114,15 @@ def test_a_checkpoint_gives_back_every_number_that_it_was_given(tmp_path, monkey
     config = {"optimizer": {"optimizer_kwargs": {}, "weight_decay": 0}, "data": {"name": "x"}}
     monkeypatch.setattr("vicinal.train.run.state.hold_against", lambda *_: ["said"])
     state, other = make_state(0), make_state(1)
-    given = {"epoch": 3, "position": 64, "step": 41, "loss_sum": 2.5, "loss_batches": 7, "skips": 2, "broken": ["a"]}
+    given = {
+        "epoch": 3,
+        "position": 64,
+        "step": 41,
+        "loss_sum": 2.5,
+        "loss_batches": 7,
+        "skips": 2,
+        "unreadable": ["a"],
+    }
     given |= {"top1": 12.5, "best_top1": 25.0, "best_epoch": 2}
     for name, value in given.items():
         setattr(state, name, value)
@@ -192,9 +200,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 def test_unreadable_images_are_counted_once_in_a_resumed_run(train, jpeg_tree, tmp_path, capsys):
     root = shutil.copytree(jpeg_tree, tmp_path / "images")
     (root / "train" / "blue" / "0.jpg").write_bytes(b"no image")
-    flags = ("--data", root, "--workers", 0, "--batch-size", 12, "--schedule", "constant", "--max-broken", 1)
+    flags = ("--data", root, "--workers", 0, "--batch-size", 12, "--schedule", "constant", "--max-unreadable", 1)
     _, folder = train(*flags, "--epochs", 1)
     assert train(*flags, "--epochs", 2, "--resume", "auto")[0] == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len([line for line in lines if line["event"] == "unreadable"]) == 1
-    assert len(torch.load(folder / "last" / "trainer.pt", weights_only=True)["broken"]) == 1
+    assert len(torch.load(folder / "last" / "trainer.pt", weights_only=True)["unreadable"]) == 1

@@ -7,7 +7,7 @@ import pytest
 
 from vicinal import __version__
 from vicinal.__main__ import main
-from vicinal.errors import run_command
+from vicinal.errors import UserError, run_command
 
 
 def test_alone_it_lists_the_commands(capsys):
@@ -30,6 +30,15 @@ def test_help_describes_the_flags(command, capsys):
     assert f"vicinal {command}" in out
     if command == "train":
         assert all(flag in out for flag in ("--config", "--model ", "--data ", "--lr ", "--ema-decay", "--resume"))
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["doctor"], ["data", "check"]])
+def test_debug_stands_beside_the_options_of_every_command(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert "--debug shows the traceback of an error" in capsys.readouterr().out
+    with pytest.raises(UserError):
+        main([*command, "--no-such-option", "--debug"])
 
 
 def test_the_command_imports_no_room_until_it_is_told_which():

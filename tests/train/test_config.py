@@ -6,6 +6,7 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 
+from vicinal.command import flag_of
 from vicinal.errors import UserError
 from vicinal.train.config import (
     SECTIONS,
@@ -16,7 +17,6 @@ from vicinal.train.config import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    flag_of,
 )
 from vicinal.train.recipe import (
     find_recipe,
@@ -110,7 +110,7 @@ def test_recipe_errors_say_what_is_wrong(recipe, text, message):
         (["--repeats", "0"], "--repeats 0"),
         (["--save-interval", "0"], "--save-interval 0"),
         (["--keep", "0"], "--keep 0"),
-        (["--max-broken", "-1"], "--max-broken -1"),
+        (["--max-unreadable", "-1"], "--max-unreadable -1"),
         (["--max-skips", "-1"], "--max-skips -1"),
         (["--overfit-batch", "-1"], "--overfit-batch -1"),
         (["--sharded-checkpoints"], "add it, or leave the flag out"),
@@ -153,7 +153,7 @@ NUMBERS = {
     "mean": ([(0.5, 0.5, 1.1), (-0.1, 0.5, 0.5), (NAN, 0.5, 0.5)], [(0.0, 0.0, 1.0)]),
     "std": ([(0.0, 1.0, 1.0), (0.2, 0.2, 58.0)], [(1.0, 1.0, 0.001)]),
     "crop_pct": ([0.0, 1.01], [1.0]),
-    "max_broken": ([-1], [0]),
+    "max_unreadable": ([-1], [0]),
     "stream_lanes": ([0], [1]),
     "shuffle_buffer": ([-1], [0]),
     "scale": ([(0.0, 1.0), (0.5, 1.1), (0.5, 0.4), (NAN, 1.0)], [(0.5, 0.5), (0.001, 1.0)]),

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 from vicinal.__main__ import main
 from vicinal.eval.classify import find_model
 from vicinal.train.run.folder import find_best, find_damage
-from vicinal.train.run.fsdp import load_shares, save_shares
+from vicinal.train.run.fsdp import load_shards, save_shards
 from vicinal.train.run.log import read_records
 
 
@@ -124,7 +124,7 @@ TRAINER = {
     "epoch a text": lambda p: {**p, "epoch": "two"},
     "epoch negative": lambda p: {**p, "epoch": -1},
     "position true": lambda p: {**p, "position": True},
-    "broken a number": lambda p: {**p, "broken": [3]},
+    "unreadable a number": lambda p: {**p, "unreadable": [3]},
     "no optimizer": lambda p: {k: v for k, v in p.items() if k != "optimizer"},
     "optimizer empty": lambda p: {**p, "optimizer": {}},
     "groups a text": lambda p: {**p, "optimizer": {**p["optimizer"], "param_groups": "abc"}},
@@ -187,30 +187,30 @@ class SetsAttributes:
     ],
     ids=["a class", "another class", "a field that is none", "by slots"],
 )
-def test_metadata_of_shares_sets_no_attributes_but_its_own(tmp_path, owner, state):
+def test_metadata_of_shards_sets_no_attributes_but_its_own(tmp_path, owner, state):
     saved = {"weight": torch.arange(6.0)}
-    save_shares(tmp_path / "shares", saved)
+    save_shards(tmp_path / "shards", saved)
     read = {"weight": torch.zeros(6)}
-    load_shares(tmp_path / "shares", read)
+    load_shards(tmp_path / "shards", read)
     assert torch.equal(read["weight"], saved["weight"])
-    (tmp_path / "shares" / ".metadata").write_bytes(SetsAttributes(owner, state).content)
+    (tmp_path / "shards" / ".metadata").write_bytes(SetsAttributes(owner, state).content)
     with pytest.raises(ValueError, match="checkpoint metadata sets attributes of"):
-        load_shares(tmp_path / "shares", read)
+        load_shards(tmp_path / "shards", read)
     assert not hasattr(TensorProperties, "marked")
     assert not hasattr(Metadata, "marked")
 
 
 @pytest.mark.parametrize("elsewhere", ["../outside", "/etc/hostname"])
-def test_shares_are_read_from_their_folder_only(tmp_path, elsewhere):
+def test_shards_are_read_from_their_folder_only(tmp_path, elsewhere):
     import torch.distributed.checkpoint as dcp
 
-    save_shares(tmp_path / "shares", {"weight": torch.arange(6.0)})
-    metadata = dcp.FileSystemReader(tmp_path / "shares").read_metadata()
+    save_shards(tmp_path / "shards", {"weight": torch.arange(6.0)})
+    metadata = dcp.FileSystemReader(tmp_path / "shards").read_metadata()
     for place in metadata.storage_data.values():
         place.relative_path = elsewhere
-    (tmp_path / "shares" / ".metadata").write_bytes(pickle.dumps(metadata))
+    (tmp_path / "shards" / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="names files that lie elsewhere"):
-        load_shares(tmp_path / "shares", {"weight": torch.zeros(6)})
+        load_shards(tmp_path / "shards", {"weight": torch.zeros(6)})
 
 
 def test_a_folder_that_holds_only_the_weights_under_training_is_no_model(finished, tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_repeats_of_an_image_fall_to_different_processes_and_get_different_keys(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_images", [1, 7, 16, 17])
-def test_every_held_out_image_counts_once_and_processes_stay_in_step(world_size, num_images):
+def test_every_val_image_counts_once_and_processes_stay_in_step(world_size, num_images):
     samplers = [EvalSampler(num_images, 4, World(CPU, rank=rank, size=world_size)) for rank in range(world_size)]
     shares = [[index for batch in sampler for index in batch] for sampler in samplers]
     counted = [index for share, sampler in zip(shares, samplers, strict=True) for index in share[: sampler.num_valid]]
@@ -74,13 +74,13 @@ def test_stream_seeds_depend_on_purpose_and_on_every_counter():
 
 
 def test_digits_split_is_stratified_disjoint_and_fixed():
-    train, held_out = open_images(DataConfig())
+    train, val = open_images(DataConfig())
     again = open_images(DataConfig())[1]
-    assert len(train.targets) + len(held_out.targets) == 1797
-    assert not set(train.indices) & set(held_out.indices)
-    assert held_out.indices == again.indices
-    assert open_images(DataConfig(split_seed=1))[1].indices != held_out.indices
-    share = np.bincount(held_out.targets) / np.bincount(train.targets + held_out.targets)
+    assert len(train.targets) + len(val.targets) == 1797
+    assert not set(train.indices) & set(val.indices)
+    assert val.indices == again.indices
+    assert open_images(DataConfig(split_seed=1))[1].indices != val.indices
+    share = np.bincount(val.targets) / np.bincount(train.targets + val.targets)
     # A class has at least 174 images, so that rounding to whole images shifts its share by at most 0.5 / 174.
     np.testing.assert_allclose(share, 0.2, atol=0.5 / 174)
 
@@ -146,9 +146,9 @@ def test_shift_translates_by_whole_pixels_within_its_range():
 
 def test_folder_without_val_is_split_by_seed(jpeg_tree):
     config = DataConfig(name=str(jpeg_tree / "train"), val_fraction=0.25)
-    train, held_out = open_images(config)
+    train, val = open_images(config)
     assert np.bincount(train.targets).tolist() == [6, 6, 6]
-    assert np.bincount(held_out.targets).tolist() == [2, 2, 2]
+    assert np.bincount(val.targets).tolist() == [2, 2, 2]
     assert train.classes == ["blue", "green", "red"]
 
 
@@ -167,15 +167,15 @@ def test_unreadable_image_is_named(tmp_path, workers):
     for name in ("a", "b"):
         (tmp_path / "val" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "val" / name / "0.jpg")
-    broken = tmp_path / "val" / "b" / "1.jpg"
-    broken.write_bytes((tmp_path / "val" / "b" / "0.jpg").read_bytes()[:200])
+    unreadable = tmp_path / "val" / "b" / "1.jpg"
+    unreadable.write_bytes((tmp_path / "val" / "b" / "0.jpg").read_bytes()[:200])
     images = FolderImages(tmp_path / "val")
     batches = eval_batches(images, DataConfig(name=str(tmp_path), workers=workers), SPEC, World(CPU))
     with pytest.raises(UnreadableImage, match=r"cannot read image .*b/1\.jpg"):
         list(batches)
 
 
-def test_held_out_class_without_training_images_is_refused(tmp_path):
+def test_val_class_without_training_images_is_refused(tmp_path):
     for path in ("train/cat", "train/dog", "val/cat", "val/fox"):
         (tmp_path / path).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / path / "0.jpg")

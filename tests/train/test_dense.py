@@ -147,9 +147,11 @@ def test_show_draws_annotations_beside_predictions(detector: Path, scenes: Path,
     picture, files = tmp_path / "picture.png", sorted((scenes / "images" / "training").iterdir())[:2]
     assert main(["detect", "show", str(detector), "--count", "2", "--score", "0", "--output", str(picture)]) == 0
     both = np.array(Image.open(picture))
-    arguments = ["--files", *map(str, files), "--output", str(tmp_path / "files.png")]
+    arguments = ["--files", *map(str, files), "--output", str(tmp_path / "files.JPG")]
     assert main(["detect", "show", str(detector), *arguments]) == 0
-    alone = np.array(Image.open(tmp_path / "files.png"))
+    with Image.open(tmp_path / "files.JPG") as opened:
+        assert opened.format == "JPEG"
+        alone = np.array(opened)
     # two rows of two panels, of 64 pixels enlarged to 320, and two rows of one
     assert (both.shape, alone.shape) == ((664, 664, 3), (664, 336, 3))
     left, right = both[8:328, 8:328], both[8:328, 336:656]
@@ -485,6 +487,11 @@ def test_a_run_that_cannot_begin_leaves_nothing(arguments: list, message: str, s
         (["shapes", "file"], "file: is a file"),
         (["detect", "test", "RUN", "--json", "file/x.json"], "--json file/x.json: .*file is a file"),
         (["detect", "show", "RUN", "--output", "file/x.png"], "--output file/x.png: .*file is a file"),
+        (
+            ["detect", "show", "RUN", "--output", "x.gif"],
+            "x.gif: the suffix chooses the format; use one of .png, .jpg",
+        ),
+        (["segment", "show", "RUN", "--output", "x"], "--output x: the suffix chooses the format"),
         (["detect", "test", "RUN", "--data", "."], "COCO files of its own"),
     ],
 )

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from vicinal.errors import UserError
-from vicinal.train.build import build_model, build_task
+from vicinal.train.build import build_task
 from vicinal.train.config import AugmentationConfig, ModelConfig, RunConfig, TrainConfig
+from vicinal.train.network.create import build_model
 from vicinal.train.run.world import World
 
 STUDENT = ("--model", "shvit_pico_vicinal", "--model-kwargs", "distilled=true", "--batch-size", "64")

@@ -45,7 +45,7 @@ def small_with(small, *extra):
 
 
 def test_processes_agree_and_count_every_image_once(tmp_path, small, jpeg_tree, records):
-    """Batch norm, an average, accumulation with a partial group, and a held-out set that two do not divide."""
+    """Batch norm, an average, accumulation with a partial group, and a val split that two do not divide."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     arguments = small_with(
@@ -66,7 +66,7 @@ def test_processes_agree_and_count_every_image_once(tmp_path, small, jpeg_tree, 
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, small, train, records, jpeg_tree):
-    """With copies of the weights (DDP) and with shares (FSDP2), update by update; and the two equal each other."""
+    """With copies of the weights (DDP) and with shards (FSDP2), update by update; and the two equal each other."""
     common = ("--data", jpeg_tree, "--workers", 0, "--epochs", 2, "--optimizer", "sgd", "--lr", 0.05)
     common = (*common, "--clip-grad", 0.5, "--ema-decay", 0.75)
     code, alone = train(*common, "--batch-size", 8, output="alone")
@@ -74,7 +74,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, small, train, 
     for parallel in ("ddp", "fsdp"):
         options = ("--batch-size", 4, "--parallel", parallel, "--output", tmp_path / parallel)
         done = torchrun(tmp_path, "-m", "vicinal.train", *small_with(small, *common, *options))
-        assert done.stdout.count("held-out accuracy") == 1
+        assert done.stdout.count("val accuracy") == 1
     for kind, other in (("ddp", alone), ("fsdp", alone), ("fsdp", tmp_path / "ddp")):
         for one, two in zip(records(other), records(tmp_path / kind), strict=True):
             # Means of 8 losses in another order: float32 roundings (6e-8) carried through six updates.

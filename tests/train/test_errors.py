@@ -7,13 +7,15 @@ from contextlib import redirect_stdout
 from io import BytesIO, TextIOWrapper
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
 from vicinal.__main__ import main
+from vicinal.checkpoints import save_model
 from vicinal.errors import RunStopped, UserError, first_line, require_packages, run_command
-from vicinal.train.components import build_components
+from vicinal.train.build import build_components
 from vicinal.train.config import AugmentationConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from vicinal.train.data.transforms import check_augmentation
 from vicinal.train.run.world import World, check_environment
@@ -93,12 +95,12 @@ def test_unreadable_image(train, tmp_path, capsys):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for number in range(4):
                 Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / f"{number}.jpg")
-    broken = tmp_path / "data" / "train" / "b" / "2.jpg"
-    broken.write_text("not an image")
+    unreadable = tmp_path / "data" / "train" / "b" / "2.jpg"
+    unreadable.write_text("not an image")
     code, _ = train("--data", tmp_path / "data", "--batch-size", 8, "--epochs", 1, "--workers", 1)
     assert code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"cannot read image {broken}" in line
+    assert f"cannot read image {unreadable}" in line
 
 
 def test_missing_config(fails):
@@ -115,7 +117,8 @@ def test_flags_that_contradict_each_other(fails):
     assert "--batch-size 33 is odd" in fails("train", "--batch-size", 33, "--mixup", 0.2)
 
 
-def test_output_that_is_not_empty(train, tmp_path, capsys):
+def test_output_that_is_not_empty(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vicinal.train.build.open_images", None)  # it is refused before there are data or a network
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     assert train("--epochs", 1)[0] == 2
@@ -297,7 +300,7 @@ def test_an_output_that_was_closed_before_the_start(monkeypatch):
     ],
 )
 def test_unknown_policies_are_refused_before_the_data_is_opened(policy, message, monkeypatch):
-    monkeypatch.setattr("vicinal.train.components.open_images", None)
+    monkeypatch.setattr("vicinal.train.build.open_images", None)
     config = TrainConfig(augmentation=AugmentationConfig(auto_augment=policy))
     with pytest.raises(UserError) as caught:
         build_components(config, World(torch.device("cpu")))
@@ -395,3 +398,23 @@ def test_a_short_run_says_that_its_warm_up_is_shorter(train, capsys):
     arguments = ["train", "--model", "test_vit", "--img-size", "32", "--device", "cpu", "--threads", "1", "--dry-run"]
     assert main([*arguments, "--epochs", "2", "--batch-size", "8"]) == 0
     assert capsys.readouterr().out.startswith("--warmup-epochs 5 does not fit in --epochs 2: 0.1 in its place\n")
+
+
+@pytest.mark.parametrize("work", ["model", "optimizer", "checkpoint"])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.ENOSPC, "No space left")]
+)
+def test_what_runs_out_is_no_wrong_input(work, error, train, tmp_path, monkeypatch, capsys):
+    """Where everything that a library raises is taken for bad input, a shortage is still none: exit code 1."""
+
+    def fail(*_, **__):
+        raise error
+
+    if work == "checkpoint":
+        save_model(tmp_path / "saved", timm.create_model("test_vit", num_classes=10))
+    place = {"optimizer": "vicinal.train.build.create_optimizer_v2"}.get(work, "timm.create_model")
+    monkeypatch.setattr(place, fail)
+    command = ["eval", str(tmp_path / "saved"), "--device", "cpu"]
+    assert (main(command) if work == "checkpoint" else train("--epochs", 1)[0]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(("error: out of memory: take less at a time", "error: no room on the disk"))

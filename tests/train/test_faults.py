@@ -22,9 +22,9 @@ from timm.task import ClassificationTask
 from torch.utils.data import Dataset, Sampler
 
 from vicinal.errors import RunStopped
-from vicinal.train.data.loader import MAX_RESTARTS, Batches, BrokenImages
+from vicinal.train.data.loader import MAX_RESTARTS, Batches, UnreadableCounter
 from vicinal.train.run.folder import RunFolder, digest_files, find_damage, list_files
-from vicinal.train.run.fsdp import load_shares, save_shares
+from vicinal.train.run.fsdp import load_shards, save_shards
 
 
 def events(folder, name):
@@ -147,9 +147,9 @@ def test_damaged_last_checkpoint_gives_way_to_the_one_before(train, records, cap
 
 
 @pytest.fixture(scope="module")
-def partly_broken(tmp_path_factory):
-    """500 images to train on, three of them cut short or no images; ten held out, one of them cut short."""
-    root = tmp_path_factory.mktemp("broken")
+def partly_unreadable(tmp_path_factory):
+    """500 images to train on, three of them cut short or no images; ten val images, one of them cut short."""
+    root = tmp_path_factory.mktemp("unreadable")
     generator = np.random.default_rng(0)
     for split, per_class in (("train", 250), ("val", 5)):
         for name, level in {"dark": 40, "light": 200}.items():
@@ -164,9 +164,9 @@ def partly_broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_are_named_counted_and_replaced(train, partly_broken, capsys, workers):
-    arguments = ("--data", partly_broken, "--batch-size", 50, "--epochs", 2, "--workers", workers)
-    code, folder = train(*arguments, "--max-broken", 4)
+def test_unreadable_images_are_named_counted_and_replaced(train, partly_unreadable, capsys, workers):
+    arguments = ("--data", partly_unreadable, "--batch-size", 50, "--epochs", 2, "--workers", workers)
+    code, folder = train(*arguments, "--max-unreadable", 4)
     assert code == 0
     out = capsys.readouterr().out
     named = [record["message"] for record in events(folder, "unreadable")]
@@ -177,11 +177,13 @@ def test_broken_images_are_named_counted_and_replaced(train, partly_broken, caps
     assert [record["val_images"] for record in events(folder, "epoch")] == [9, 9]
 
 
-def test_one_broken_image_too_many_stops_the_run(train, partly_broken, capsys):
-    code, _ = train("--data", partly_broken, "--batch-size", 50, "--epochs", 1, "--workers", 0, "--max-broken", 2)
+def test_one_unreadable_image_too_many_stops_the_run(train, partly_unreadable, capsys):
+    code, _ = train(
+        "--data", partly_unreadable, "--batch-size", 50, "--epochs", 1, "--workers", 0, "--max-unreadable", 2
+    )
     assert code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "3 of at most 2 (--max-broken)" in line
+    assert "3 of at most 2 (--max-unreadable)" in line
     assert "cannot read image" in line
 
 
@@ -280,7 +282,7 @@ class InOrder(Sampler):
 
 
 def test_loader_processes_that_keep_dying_stop_the_run():
-    batches = Batches(Suicidal(), InOrder(), 1, torch.device("cpu"), BrokenImages(0))
+    batches = Batches(Suicidal(), InOrder(), 1, torch.device("cpu"), UnreadableCounter(0))
     seen = []
     with pytest.raises(RunStopped, match=f"died {MAX_RESTARTS + 1} times in one pass.*--workers"):
         seen.extend(int(targets) for _, targets in batches)
@@ -310,7 +312,7 @@ class Evil:
 
 def test_trainer_state_that_holds_code_is_refused(train, tmp_path, capsys):
     _, folder = train("--epochs", 1)
-    torch.save({"format": 3, "optimizer": Evil()}, folder / "last" / "trainer.pt")
+    torch.save({"format": 4, "optimizer": Evil()}, folder / "last" / "trainer.pt")
     # Whoever writes the one can write the other.
     names = [name for name in list_files(folder / "last") if name != "manifest.json"]
     (folder / "last" / "manifest.json").write_text(json.dumps({"files": digest_files(folder / "last", names)}))
@@ -320,22 +322,22 @@ def test_trainer_state_that_holds_code_is_refused(train, tmp_path, capsys):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_shares_that_hold_code_are_refused(tmp_path, monkeypatch):
+def test_shards_that_hold_code_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = {"weight": torch.arange(6.0)}
-    save_shares(tmp_path / "shares", saved)
+    save_shards(tmp_path / "shards", saved)
     read = {"weight": torch.zeros(6)}
-    load_shares(tmp_path / "shares", read)
+    load_shards(tmp_path / "shards", read)
     assert torch.equal(read["weight"], saved["weight"])
-    (tmp_path / "shares" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "shards" / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="which is none of its types"):
-        load_shares(tmp_path / "shares", read)
+        load_shards(tmp_path / "shards", read)
     assert not (tmp_path / "pwned").exists()
 
 
-def test_shares_with_entries_that_would_be_unpickled_are_refused(tmp_path):
+def test_shards_with_entries_that_would_be_unpickled_are_refused(tmp_path):
     import torch.distributed.checkpoint as dcp
 
-    dcp.save({"weight": torch.zeros(2), "extra": {1, 2}}, checkpoint_id=str(tmp_path / "shares"))
+    dcp.save({"weight": torch.zeros(2), "extra": {1, 2}}, checkpoint_id=str(tmp_path / "shards"))
     with pytest.raises(ValueError, match=r"none of its types|not tensors"):
-        load_shares(tmp_path / "shares", {"weight": torch.zeros(2)})
+        load_shards(tmp_path / "shards", {"weight": torch.zeros(2)})

@@ -99,7 +99,7 @@ def test_a_name_that_the_file_system_cannot_hold(places, monkeypatch):
     ids=" ".join,
 )
 def test_every_command_refuses_before_its_work(places, command, monkeypatch, capsys):
-    for work in ("train.components.open_images", "train.data.check.open_images", "eval.classify.open_images"):
+    for work in ("train.build.open_images", "train.data.check.open_images", "eval.classify.open_images"):
         monkeypatch.setattr(f"vicinal.{work}", None)
     for work in ("bench.ops.measure", "bench.models._measure", "bench.train.measure_loop", "plot.draw_curves"):
         monkeypatch.setattr(f"vicinal.eval.{work}", None)

@@ -20,10 +20,10 @@ PNG = png(Image.new("RGB", (4, 4), (9, 9, 9)))
 
 
 def opened(name, **options):
-    """What trains, what is held out, and the notes."""
+    """The train split, the val split, and the notes."""
     notes = []
-    train, held_out = open_images(DataConfig(name=str(name), **options), notes.append)
-    return train, held_out, [note.replace(str(name), "ROOT") for note in notes]
+    train, val = open_images(DataConfig(name=str(name), **options), notes.append)
+    return train, val, [note.replace(str(name), "ROOT") for note in notes]
 
 
 def write_tree(root, folders):
@@ -83,12 +83,12 @@ TREES = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_parts_of_folders(name, tmp_path):
-    parts, (train_count, held_out_count), expected = TREES[name]
+    parts, (train_count, val_count), expected = TREES[name]
     write_tree(tmp_path, {f"{part}/{label}": count for part, count in parts.items() for label in ("cat", "dog")})
-    train, held_out, notes = opened(tmp_path)
-    assert (len(train.targets), len(held_out.targets)) == (train_count, held_out_count)
-    assert list(train.classes) == list(held_out.classes) == ["cat", "dog"]
-    assert np.bincount(held_out.targets).tolist() == [held_out_count // 2] * 2
+    train, val, notes = opened(tmp_path)
+    assert (len(train.targets), len(val.targets)) == (train_count, val_count)
+    assert list(train.classes) == list(val.classes) == ["cat", "dog"]
+    assert np.bincount(val.targets).tolist() == [val_count // 2] * 2
     assert notes == expected
     folder = next(
         part
@@ -101,17 +101,17 @@ def test_parts_of_folders(name, tmp_path):
 
 def test_a_class_may_be_called_like_a_part(tmp_path):
     write_tree(tmp_path, {"train": 5, "plane": 5, "test": 5})
-    train, held_out, notes = opened(tmp_path)
+    train, val, notes = opened(tmp_path)
     assert train.classes == ["plane", "test", "train"]
     assert np.bincount(train.targets).tolist() == [4, 4, 4]
-    assert np.bincount(held_out.targets).tolist() == [1, 1, 1]
+    assert np.bincount(val.targets).tolist() == [1, 1, 1]
     assert notes == []
 
 
 def test_unlabelled_test_images_are_not_read(tmp_path):
     write_tree(tmp_path, {"train/cat": 5, "train/dog": 5, "test": 4})
-    train, held_out, notes = opened(tmp_path)
-    assert (len(train.targets), len(held_out.targets)) == (8, 2)
+    train, val, notes = opened(tmp_path)
+    assert (len(train.targets), len(val.targets)) == (8, 2)
     assert notes == ["ROOT: not read: test (images in no class folders)"]
 
 
@@ -198,7 +198,7 @@ def test_commands_name_what_is_not_read(untidy, train, capsys):
     assert main(["data", "check", str(untidy)]) == 0
     shown = capsys.readouterr().out.replace(str(untidy), "ROOT")
     assert all(line in shown for line in LEFT_OUT)
-    assert "held out: 4 images in 3 classes" in shown
+    assert "val: 4 images in 3 classes" in shown
     assert train("--data", untidy, "--batch-size", 2, "--workers", 0, "--dry-run")[0] == 0
     shown = capsys.readouterr().err.replace(str(untidy), "ROOT")
     assert all(line in shown for line in LEFT_OUT)
@@ -246,8 +246,8 @@ def test_parts_of_streamed_shards(kind, name, tmp_path):
     write, suffix = (write_shard, "tar") if kind == "wds" else (write_table, "parquet")
     for file, per_class in files.items():
         write(tmp_path / f"{file}.{suffix}", [0, 1] * per_class)
-    train, held_out, notes = opened(f"{kind}/{tmp_path}")
-    assert (len(train), len(held_out)) == counts
+    train, val, notes = opened(f"{kind}/{tmp_path}")
+    assert (len(train), len(val)) == counts
     assert len(notes) == (unread is not None)
     if unread is not None:
         # A stream's part goes by its name, whatever its files are called.
@@ -260,8 +260,8 @@ def test_parts_of_shards_in_a_folder(name, tmp_path):
     for file, per_class in files.items():
         write_shard(tmp_path / f"{file}.tar", [0, 1] * per_class)
     (tmp_path / "old.tar.gz").write_bytes(b"x")
-    train, held_out, notes = opened(tmp_path)
-    assert (len(train.targets), len(held_out.targets)) == counts
+    train, val, notes = opened(tmp_path)
+    assert (len(train.targets), len(val.targets)) == counts
     assert notes == ["ROOT: not read: old.tar.gz", f"ROOT: not read: {unread}.tar"]
 
 
@@ -269,8 +269,8 @@ def test_parts_of_tables_in_a_folder(tmp_path):
     for file, per_class in {"latest/train-0": 4, "valid-0": 2, "test-0": 3}.items():
         # The test part is not even looked at: its label is none.
         write_table(tmp_path / f"{file}.PARQUET", [-1] if file == "test-0" else [0, 1] * per_class)
-    train, held_out, notes = opened(tmp_path, data_dir=str(tmp_path / "cache"))
-    assert (len(train.targets), len(held_out.targets)) == (8, 4)
+    train, val, notes = opened(tmp_path, data_dir=str(tmp_path / "cache"))
+    assert (len(train.targets), len(val.targets)) == (8, 4)
     assert notes == ["ROOT: not read: test-0.PARQUET"]
 
 
@@ -278,9 +278,9 @@ def test_parts_of_tables_in_a_folder(tmp_path):
 def test_a_stream_is_not_chosen_by_its_test_part(kind, tmp_path):
     write, suffix = (write_shard, "tar") if kind == "wds" else (write_table, "parquet")
     write(tmp_path / f"test-0.{suffix}", [0, 1, 1])
-    train, held_out, notes = opened(f"{kind}/{tmp_path}")
-    assert (len(train.targets), len(held_out.targets)) == (0, 3)
-    assert list(held_out.targets) == [0, 1, 1]
+    train, val, notes = opened(f"{kind}/{tmp_path}")
+    assert (len(train.targets), len(val.targets)) == (0, 3)
+    assert list(val.targets) == [0, 1, 1]
     assert notes == ["ROOT: nothing to train on, the part test only"]
     write(tmp_path / f"train-0.{suffix}", [0, 1, 1])
     with pytest.raises(
@@ -298,11 +298,11 @@ def test_data_sets_by_name_are_not_chosen_by_their_test_part(monkeypatch):
         for name, count in {"train": 10, "test": 6, "unsupervised": 2}.items()
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda name, cache_dir: splits)
-    train, held_out, notes = opened("hfds/someone/set")
-    assert (len(train.targets), len(held_out.targets)) == (8, 2)
+    train, val, notes = opened("hfds/someone/set")
+    assert (len(train.targets), len(val.targets)) == (8, 2)
     assert notes == ["ROOT: not read: test, unsupervised"]
-    train, held_out, notes = opened("hfds/someone/set:test")
-    assert (len(train.targets), list(held_out.targets)) == (0, [0, 1] * 3)
+    train, val, notes = opened("hfds/someone/set:test")
+    assert (len(train.targets), list(val.targets)) == (0, [0, 1] * 3)
     with pytest.raises(UserError, match="has no part val, but train, test, unsupervised"):
         opened("hfds/someone/set:val")
 
@@ -317,19 +317,19 @@ def test_torchvision_data_sets_without_validation_are_not_chosen_by_their_test_i
             return Image.new("L", (2, 2)), 0
 
     monkeypatch.setattr(readers, "create_dataset", lambda name, split, **_: asked.append((name, split)) or Dataset())
-    train, held_out, notes = opened("torch/cifar10")
-    assert (len(train.targets), len(held_out.targets), asked) == (8, 2, [("torch/cifar10", "train")])
+    train, val, notes = opened("torch/cifar10")
+    assert (len(train.targets), len(val.targets), asked) == (8, 2, [("torch/cifar10", "train")])
     assert "not read: test" in notes[0]
-    train, held_out, _ = opened("torch/cifar10:test")
-    assert (len(train.targets), len(held_out.targets), asked[1:]) == (0, 10, [("torch/cifar10", "validation")])
-    train, held_out, _ = opened("torch/imagenet")
-    assert (len(train.targets), len(held_out.targets)) == (10, 10)
+    train, val, _ = opened("torch/cifar10:test")
+    assert (len(train.targets), len(val.targets), asked[1:]) == (0, 10, [("torch/cifar10", "validation")])
+    train, val, _ = opened("torch/imagenet")
+    assert (len(train.targets), len(val.targets)) == (10, 10)
 
 
 def test_a_part_for_measuring_alone_is_not_trained_on(tmp_path, train, capsys):
     write_tree(tmp_path, {"test/cat": 2, "test/dog": 2})
     assert train("--data", tmp_path, "--batch-size", 2)[0] == 2
-    assert "error: --data: no training images; a held-out or test part alone" in capsys.readouterr().err
+    assert "error: --data: no training images; a val or test split alone" in capsys.readouterr().err
 
 
 def classes_of(images):
@@ -370,27 +370,27 @@ def test_parts_inside_an_archive_are_refused(tmp_path):
 def test_archives_of_parts(tmp_path):
     for part, count in {"train": 4, "val": 2, "test": 1}.items():
         write_tar(tmp_path / f"{part}.tar", {f"{label}/{n}.png": PNG for label in "ab" for n in range(count)})
-    train, held_out, notes = opened(tmp_path)
-    assert (classes_of(train), classes_of(held_out)) == ({"a": 4, "b": 4}, {"a": 2, "b": 2})
+    train, val, notes = opened(tmp_path)
+    assert (classes_of(train), classes_of(val)) == ({"a": 4, "b": 4}, {"a": 2, "b": 2})
     assert notes == ["ROOT: not read: test.tar"]
 
 
 def test_a_class_keeps_an_image_to_train_on():
     images = ArrayImages(np.zeros((8, 2, 2), np.uint8), [0, 0, 0, 0, 0, 1, 2, 2], ["many", "one", "two"])
     notes = []
-    train, held_out = split_by_class(images, 0.9, 0, notes.append)
+    train, val = split_by_class(images, 0.9, 0, notes.append)
     assert np.bincount(train.targets).tolist() == [1, 1, 1]
-    assert np.bincount(held_out.targets, minlength=3).tolist() == [4, 0, 1]
-    assert notes == ["1 classes with a single image train on it, and none of them is held out: one"]
-    with pytest.raises(UserError, match="no class has two images, so that none can be held out: a, b"):
+    assert np.bincount(val.targets, minlength=3).tolist() == [4, 0, 1]
+    assert notes == ["1 classes with a single image train on it, and val has none of them: one"]
+    with pytest.raises(UserError, match="no class has two images, so that val would have none: a, b"):
         split_by_class(ArrayImages(np.zeros((2, 2, 2), np.uint8), [0, 1], ["a", "b"]), 0.2, 0)
 
 
 def test_what_a_part_lacks_is_said(tmp_path):
     write_tree(tmp_path, {"train/cat": 4, "train/dog": 4, "val/cat": 2})
-    _, held_out, notes = opened(tmp_path)
-    assert list(held_out.classes) == ["cat", "dog"]
-    assert notes == ["ROOT: no held-out images of 1 classes: dog"]
+    _, val, notes = opened(tmp_path)
+    assert list(val.classes) == ["cat", "dog"]
+    assert notes == ["ROOT: no val images of 1 classes: dog"]
     write_tree(tmp_path / "more", {"images/cat": 2, "images/dog": 2})
     assert opened(tmp_path / "more")[2] == ["ROOT: a single class, images; a folder for each class is wanted below it"]
 
@@ -400,6 +400,6 @@ def test_tables_must_name_their_classes_alike(tmp_path):
     write_table(tmp_path / "val-0.parquet", [0, 1], names=("b", "a"))
     for name in (tmp_path, f"hfids/{tmp_path}"):
         with pytest.raises(
-            UserError, match=r"name their classes differently|the held-out part b, a|has no training images"
+            UserError, match=r"name their classes differently|the val split b, a|has no training images"
         ):
             opened(name)

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vicinal.errors import UserError
-from vicinal.train.build import build_model
 from vicinal.train.config import ModelConfig, RunConfig, TrainConfig
-from vicinal.train.probe import set_training_mode
+from vicinal.train.network.create import build_model
+from vicinal.train.network.probe import set_training_mode
 from vicinal.zoo.probe import AttentiveProbe, MultiQueryPool
 
 
@@ -96,6 +96,6 @@ def test_resumed_probe_equals_the_uninterrupted_one(train, records):
     assert records(resumed) == records(straight)
 
 
-def test_shares_are_refused():
+def test_shards_are_refused():
     with pytest.raises(UserError, match="--probe trains a head only"):
         TrainConfig(model=ModelConfig(probe="linear"), run=RunConfig(parallel="fsdp"))

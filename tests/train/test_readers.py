@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from layouts import (
-    HELD_OUT,
     TRAIN,
+    VAL,
     digit_samples,
     write_class_tars,
     write_folders,
@@ -61,11 +61,11 @@ def open_layout(layout, root, samples):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_images_through_every_reader(layout, tmp_path, samples):
-    train, held_out = open_images(open_layout(layout, tmp_path, samples))
-    assert (len(train.targets), len(held_out.targets)) == (TRAIN, HELD_OUT)
-    assert list(train.classes) == list(held_out.classes) == [str(digit) for digit in range(10)]
+    train, val = open_images(open_layout(layout, tmp_path, samples))
+    assert (len(train.targets), len(val.targets)) == (TRAIN, VAL)
+    assert list(train.classes) == list(val.classes) == [str(digit) for digit in range(10)]
     transform = eval_transform(SPEC)
-    for images, split in ((train, "train"), (held_out, "val")):
+    for images, split in ((train, "train"), (val, "val")):
         own = [sample for sample in samples if sample[0] == split]
         assert list(images.targets) == [int(label) for _, label, _, _ in own]
         for index, (*_, content) in enumerate(own):
@@ -185,8 +185,8 @@ def remote(tmp_path, samples):
 
 def test_shards_behind_a_url(remote, samples):
     remote()
-    train, held_out = open_images(DataConfig(name="wds/memory://digits", num_classes=10))
-    for images, split in ((train, "train"), (held_out, "val")):
+    train, val = open_images(DataConfig(name="wds/memory://digits", num_classes=10))
+    for images, split in ((train, "train"), (val, "val")):
         own = [sample for sample in samples if sample[0] == split]
         assert list(images.targets) == [int(label) for _, label, _, _ in own]
         assert [images.example(index).content for index in range(len(own))] == [content for *_, content in own]
@@ -199,10 +199,10 @@ def test_stream_of_a_data_set_by_its_name(tmp_path, samples, monkeypatch):
         (tmp_path / name).mkdir()
         write(tmp_path / name, samples)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder_of(str(tmp_path / name.split("/")[1])))
-    train, held_out = open_images(DataConfig(name="hfids/someone/digits"))
+    train, val = open_images(DataConfig(name="hfids/someone/digits"))
     assert list(train.classes) == [str(digit) for digit in range(10)]
     assert list(train.targets) == [int(label) for split, label, _, _ in samples if split == "train"]
-    assert len(held_out.targets) == HELD_OUT
+    assert len(val.targets) == VAL
     with pytest.raises(UserError, match="are not parquet, which hfds/someone/files reads too"):
         open_images(DataConfig(name="hfids/someone/files"))
 
@@ -236,7 +236,7 @@ def test_streams_that_cannot_be_used(tmp_path, samples):
 
 
 @pytest.mark.parametrize(("kind", "write"), [("wds", write_webdataset), ("hfids", write_parquet)])
-def test_broken_images_of_a_stream_are_named_and_counted(kind, write, tmp_path, samples, capsys):
+def test_unreadable_images_of_a_stream_are_named_and_counted(kind, write, tmp_path, samples, capsys):
     spoilt = [(*sample[:3], sample[3][:60] if number == 130 else sample[3]) for number, sample in enumerate(samples)]
     write(tmp_path, spoilt)
     assert main(["data", "check", f"{kind}/{tmp_path}"]) == 1
@@ -248,13 +248,13 @@ def test_broken_images_of_a_stream_are_named_and_counted(kind, write, tmp_path, 
 
 def test_a_single_archive_is_split(tmp_path, samples):
     write_webdataset(tmp_path, samples, per_shard=1000)
-    train, held_out = open_images(DataConfig(name=str(tmp_path / "digits-train-0000.tar"), val_fraction=0.2))
-    assert len(train.targets) + len(held_out.targets) == TRAIN
-    assert set(held_out.targets) == set(range(10))
+    train, val = open_images(DataConfig(name=str(tmp_path / "digits-train-0000.tar"), val_fraction=0.2))
+    assert len(train.targets) + len(val.targets) == TRAIN
+    assert set(val.targets) == set(range(10))
 
 
 @pytest.mark.parametrize("layout", ["class tars", "webdataset"])
-def test_broken_image_of_an_archive_is_named(layout, tmp_path, samples):
+def test_unreadable_image_of_an_archive_is_named(layout, tmp_path, samples):
     spoilt = [(*sample[:3], sample[3][:60] if number == 3 else sample[3]) for number, sample in enumerate(samples)]
     train, _ = open_images(open_layout(layout, tmp_path, spoilt))
     with pytest.raises(UnreadableImage, match=r"cannot read image at byte \d+ of .*\.tar"):
@@ -278,7 +278,7 @@ def test_truncated_shard_is_named(tmp_path, samples):
         open_images(DataConfig(name=str(tmp_path)))
 
 
-def test_held_out_class_without_training_images_is_refused(tmp_path, samples):
+def test_val_class_without_training_images_is_refused(tmp_path, samples):
     fewer = [sample for sample in samples if sample[:2] != ("train", "9")]
     for layout in ("class tars", "webdataset"):
         root = tmp_path / layout
@@ -315,19 +315,19 @@ def test_missing_package_is_named(package, name, extra, monkeypatch):
 
 
 def test_synthetic_images_depend_on_nothing_but_their_number():
-    train, held_out = open_images(DataConfig(name="synthetic/20/4"))
+    train, val = open_images(DataConfig(name="synthetic/20/4"))
     again, _ = open_images(DataConfig(name="synthetic/20/4"))
-    assert (len(train.targets), len(held_out.targets), len(train.classes)) == (20, 4, 4)
+    assert (len(train.targets), len(val.targets), len(train.classes)) == (20, 4, 4)
     assert np.array_equal(train.load(7), again.load(7))
     assert not np.array_equal(train.load(7), train.load(3))
-    assert not np.array_equal(train.load(3), held_out.load(3))
+    assert not np.array_equal(train.load(3), val.load(3))
     whole, _ = open_images(DataConfig(name="synthetic"))
     assert (len(whole.targets), len(whole.classes)) == (1281167, 1000)
 
 
 def test_mnist_has_500_images_of_each_digit():
-    train, held_out = open_images(DataConfig(name="mnist"))
-    assert np.bincount([*train.targets, *held_out.targets]).tolist() == [500] * 10
+    train, val = open_images(DataConfig(name="mnist"))
+    assert np.bincount([*train.targets, *val.targets]).tolist() == [500] * 10
     assert train.load(0).size == (28, 28)
 
 

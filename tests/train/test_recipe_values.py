@@ -31,7 +31,7 @@ DEIT = {
     "std": None,
     "interpolation": None,
     "crop_pct": None,
-    "max_broken": 0,
+    "max_unreadable": 0,
     "crop": "rrc",
     "scale": None,
     "hflip": 0.5,

@@ -7,9 +7,10 @@ import torch
 
 from vicinal.__main__ import main
 from vicinal.errors import UserError
-from vicinal.train.build import build_model, build_optimizer, build_scheduler
+from vicinal.train.build import build_optimizer, build_scheduler
 from vicinal.train.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from vicinal.train.dry_run import dry_run
+from vicinal.train.network.create import build_model
 from vicinal.train.rates import scale_rates
 from vicinal.train.recipe import find_recipe, list_recipes, read_recipe
 from vicinal.train.run.world import World

@@ -85,7 +85,7 @@ def test_resume_in_another_folder_from_inside_an_epoch(tmp_path, small, train, r
 DISTRIBUTED = {
     "ddp with batch norm": ("--model", "test_resnet", "--ema-decay", 0.9),
     "fsdp": ("--parallel", "fsdp", "--ema-decay", 0.9),
-    "fsdp in shares": ("--parallel", "fsdp", "--sharded-checkpoints"),
+    "fsdp in shards": ("--parallel", "fsdp", "--sharded-checkpoints"),
 }
 
 

@@ -326,7 +326,7 @@ def after_first_step(monkeypatch):
 def test_a_stream_of_the_same_images_is_another_order():
     images = {"count": 3, "labels": "digest", "pixels": "digest"}
     plain = as_plain(dataclasses.asdict(TrainConfig()))
-    saved = {"config": plain, "classes": ["a"], "training images": images, "held-out images": images}
+    saved = {"config": plain, "classes": ["a"], "training images": images, "val images": images}
     assert resume.hold_against(saved, saved, "--resume run") == []
     streamed = {**plain, "data": {**plain["data"], "name": "wds/digits"}}
     own = {**saved, "config": streamed, "training images": {**images, "labels": None}}

@@ -17,13 +17,11 @@ from torch import nn
 import vicinal.zoo  # noqa: F401  registers the models
 from vicinal.checkpoints import save, save_model
 from vicinal.errors import RunStopped, UserError
-from vicinal.train import components, dry_run
+from vicinal.train import build, dry_run
 from vicinal.train.build import (
     autocast,
-    build_model,
     build_models,
     build_scheduler,
-    locate_weights,
     memory_format,
     resolve_precision,
 )
@@ -37,7 +35,9 @@ from vicinal.train.config import (
     TrainConfig,
 )
 from vicinal.train.loop import Meter, default_output
-from vicinal.train.probe import freeze, set_training_mode
+from vicinal.train.network.create import build_model
+from vicinal.train.network.probe import freeze, set_training_mode
+from vicinal.train.network.weights import locate_weights
 from vicinal.train.run import profiling, screen, signals, world
 from vicinal.train.run.log import MetricsLog, TensorBoardSink, read_records
 from vicinal.train.run.world import Arrival, World, first_exception, join_world
@@ -55,7 +55,7 @@ def test_defaults_are_the_documented_ones():
         **{"pretrained": False, "weights": None, "probe": None, "probe_queries": 32, "teacher": None},
         **{"teacher_weight": 0.5, "drop_path_rate": None, "model_kwargs": {}},
         **{"download": False, "img_size": None, "batch_size": 128, "workers": None, "val_fraction": 0.2},
-        **{"split_seed": 0, "mean": None, "std": None, "interpolation": None, "crop_pct": None, "max_broken": 0},
+        **{"split_seed": 0, "mean": None, "std": None, "interpolation": None, "crop_pct": None, "max_unreadable": 0},
         **{"stream_lanes": 64, "shuffle_buffer": 8192, "num_classes": None},
         **{"crop": "rrc", "scale": None, "shift": 0.125, "hflip": 0.5, "color_jitter": 0.0, "auto_augment": None},
         **{"random_erasing": 0.0, "erasing_mode": "pixel", "repeats": 1, "mixup": 0.0, "cutmix": 0.0},
@@ -84,8 +84,14 @@ def test_defaults_are_the_documented_ones():
         ),
         (
             DataConfig,
-            {"batch_size": [1], "img_size": [1, None], "workers": [0], "val_fraction": [0.01, 0.99], "max_broken": [0]},
-            {"batch_size": [0], "img_size": [0], "workers": [-1], "val_fraction": [0, 1], "max_broken": [-1]},
+            {
+                "batch_size": [1],
+                "img_size": [1, None],
+                "workers": [0],
+                "val_fraction": [0.01, 0.99],
+                "max_unreadable": [0],
+            },
+            {"batch_size": [0], "img_size": [0], "workers": [-1], "val_fraction": [0, 1], "max_unreadable": [-1]},
         ),
         (
             DataConfig,
@@ -108,7 +114,7 @@ def test_defaults_are_the_documented_ones():
         ),
         (
             ScheduleConfig,
-            {"cooldown_epochs": [0, 99], "warmup_epochs": [0, 99]},
+            {"cooldown_epochs": [0, 99]},
             {"epochs": [0], "cooldown_epochs": [-1, 100], "warmup_epochs": [-1, 100]},
         ),
         (
@@ -162,9 +168,9 @@ def test_either_mixing_makes_targets_soft(mixup, cutmix, mixes):
 
 def parts_of(config, monkeypatch, size=1):
     """The parts, built as one of ``size`` processes, without a process group."""
-    build_task = components.build_task
-    monkeypatch.setattr(components, "build_task", lambda *given: build_task(*given[:-1], ALONE))
-    return components.build_components(config, World(CPU, size=size))
+    build_task = build.build_task
+    monkeypatch.setattr(build, "build_task", lambda *given: build_task(*given[:-1], ALONE))
+    return build.build_components(config, World(CPU, size=size))
 
 
 BASE = TrainConfig(
@@ -269,8 +275,8 @@ def test_repeats_reach_the_order(monkeypatch):
 def test_weights_are_the_best_ones_of_a_run(tmp_path):
     """A folder of a model by itself comes before those of a run, and best/ before last/."""
     for place in ("run/best", "run/last", "own"):
+        (tmp_path / place).mkdir(parents=True)
         save(tmp_path / place / "model.safetensors", {"weight": torch.zeros(1)})
-        (tmp_path / place / "config.json").write_text(json.dumps({"architecture": "nat_pico"}))
     save(tmp_path / "file.safetensors", {"weight": torch.zeros(1)})
 
     def found(path):
@@ -528,9 +534,10 @@ def test_profile_covers_the_updates_after_five(monkeypatch, tmp_path):
 def test_records_until_a_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [
-        *({"event": event, "epoch": 1, "step": step} for event, step in (("step", 1), ("step", 2), ("epoch", 2))),
-        *({"event": event, "epoch": 2, "step": step} for event, step in (("skipped", 3), ("epoch", 3))),
-        {"event": "step", "epoch": 3, "step": 4},
+        {"event": event, "epoch": epoch, "step": step}
+        for event, epoch, step in (
+            *(("step", 1, 1), ("step", 1, 2), ("epoch", 1, 2), ("skipped", 2, 3), ("epoch", 2, 3), ("step", 3, 4)),
+        )
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "st')
     assert read_records(path) == lines
@@ -616,22 +623,22 @@ def test_in_another_thread_no_handler_is_set():
 
 def test_one_process_is_its_own_sum():
     assert (ALONE.sum(5), ALONE.any(True), ALONE.any(False)) == (5, True, False)
-    assert (ALONE.collect("x"), ALONE.share("x")) == (["x"], "x")
+    assert (ALONE.all_gather("x"), ALONE.broadcast("x")) == (["x"], "x")
     assert (ALONE.is_primary, World(CPU, rank=1, size=2).is_primary) == (True, False)
     assert (ALONE.is_distributed, World(CPU, size=2).is_distributed) == (False, True)
     assert Arrival(torch.tensor([1.5, 2.0])).read() == [1.5, 2.0]
 
 
 def test_the_first_process_that_fails_says_why():
-    world = SimpleNamespace(collect=lambda message: [None, message, "later"])
+    world = SimpleNamespace(all_gather=lambda message: [None, message, "later"])
     assert first_exception(world, UserError("disk")) == "disk"
     assert first_exception(world, ValueError()) == "ValueError"
     assert first_exception(ALONE, None) is None
 
 
 def test_what_is_shared_is_the_first_processs(monkeypatch):
-    monkeypatch.setattr(World, "collect", lambda world, value: [f"{value} of {rank}" for rank in range(3)])
-    assert World(CPU, rank=1, size=3).share("x") == "x of 0"
+    monkeypatch.setattr(World, "all_gather", lambda world, value: [f"{value} of {rank}" for rank in range(3)])
+    assert World(CPU, rank=1, size=3).broadcast("x") == "x of 0"
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:x", "cuda:1", "cuda:99"])

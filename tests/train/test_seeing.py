@@ -24,7 +24,7 @@ def test_dry_run_shows_everything_and_leaves_no_run(train, capsys):
     for text in (
         f"test_vit, {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
         "multiply-accumulates per image",
-        "1,438 training, 359 held out, 10 classes",
+        "1,438 training, 359 val, 10 classes",
         "(32, 3, 32, 32) float32 on cpu; targets (32, 10)",
         "32 images x 1 processes x 2 = 64; 22 per epoch",
         "GiB at most",
@@ -151,17 +151,17 @@ def test_data_check_reports_classes_counts_and_unreadable_files(jpeg_tree, tmp_p
     root = tmp_path / "data"
     shutil.copytree(jpeg_tree, root)
     (root / "train" / "red" / "6.jpg").unlink()
-    broken = root / "train" / "green" / "3.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
+    unreadable = root / "train" / "green" / "3.jpg"
+    unreadable.write_bytes(unreadable.read_bytes()[:200])
     assert main(["data", "check", str(root), "--json", str(tmp_path / "check.json")]) == 1
     out = capsys.readouterr().out
     assert "train: 23 images in 3 classes" in out
     assert "images per class: 7 (red) to 8 (blue)" in out
-    assert f"cannot read image {broken}" in out
-    assert "held out: 15 images in 3 classes" in out
+    assert f"cannot read image {unreadable}" in out
+    assert "val: 15 images in 3 classes" in out
     result = json.loads((tmp_path / "check.json").read_text())
     assert result["train"]["classes"] == {"blue": 8, "green": 8, "red": 7}
-    (least, most) = result["held out"]["sizes"]
+    (least, most) = result["val"]["sizes"]
     assert all(40 <= side < 64 for side in least + most)
     assert [len(split["unreadable"]) for split in result.values()] == [1, 0]
 

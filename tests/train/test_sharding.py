@@ -12,16 +12,16 @@ from vicinal.train.run.fsdp import is_whole_on_meta
 COMMON = ("--epochs", 1, "--ema-decay", 0.9, "--clip-grad", 1.0, "--accumulation", 2, "--layer-decay", 0.8)
 
 
-def test_shares_of_one_process_are_the_whole(train, records):
+def test_shards_of_one_process_are_the_full_tensors(train, records):
     _, whole = train(*COMMON, output="whole")
-    code, shares = train(*COMMON, "--parallel", "fsdp", "--grad-checkpointing", output="shares")
+    code, sharded = train(*COMMON, "--parallel", "fsdp", "--grad-checkpointing", output="sharded")
     assert code == 0
-    assert records(shares) == records(whole)
-    assert_identical(weights(shares), weights(whole))
+    assert records(sharded) == records(whole)
+    assert_identical(weights(sharded), weights(whole))
 
 
 @pytest.mark.parametrize(
-    "option", [pytest.param((), marks=pytest.mark.slow), ("--sharded-checkpoints",)], ids=["whole", "shares"]
+    "option", [pytest.param((), marks=pytest.mark.slow), ("--sharded-checkpoints",)], ids=["full", "shards"]
 )
 def test_sharded_run_resumes_bit_for_bit(train, records, capsys, option):
     common = (*COMMON, "--schedule", "constant", "--parallel", "fsdp", *option)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from vicinal.train.data.decode import UnreadableImage
-from vicinal.train.data.loader import Batches, BrokenImages
+from vicinal.train.data.loader import Batches, UnreadableCounter
 from vicinal.train.data.order import TrainSampler
 from vicinal.train.data.stream_files import Example
 from vicinal.train.data.streams import StreamImages
@@ -130,7 +130,7 @@ def test_loader_hands_the_parts_to_their_workers():
     found = {}
     for epoch in (0, 1):
         sampler.begin(epoch)
-        batches = list(Batches(WhoLoads(), sampler, 3, CPU, BrokenImages(0)))
+        batches = list(Batches(WhoLoads(), sampler, 3, CPU, UnreadableCounter(0)))
         assert [len(shards) for _, shards in batches] == [20] * 30
         for workers, shards in batches:
             for worker, shard in zip(workers.flatten().tolist(), shards.tolist(), strict=True):

@@ -14,7 +14,7 @@ from torch import nn
 
 import vicinal.zoo  # noqa: F401  registers the models
 from vicinal.checkpoints import save_model
-from vicinal.train.build import build_model, build_optimizer, build_scheduler, build_task, record_input
+from vicinal.train.build import build_optimizer, build_scheduler, build_task, record_input
 from vicinal.train.config import (
     AugmentationConfig,
     DataConfig,
@@ -35,6 +35,7 @@ from vicinal.train.data.transforms import (
     eval_transform,
     train_transform,
 )
+from vicinal.train.network.create import build_model
 from vicinal.train.run.randomness import seed_all, seed_host, stream_seed
 from vicinal.train.run.state import TrainState
 from vicinal.train.run.world import Arrival, World
@@ -140,7 +141,7 @@ def test_a_step_is_the_mean_gradient_of_the_group(precision):
         report = updater.run(batches[:size], (0, 0))
         torch.testing.assert_close(change(model, before), -wanted, rtol=tolerance, atol=tolerance)
         assert report.loss == pytest.approx(float(sum(losses).detach()) / size, rel=tolerance)
-        assert (report.stop, report.broken, report.is_finite) == (False, 0, True)
+        assert (report.stop, report.unreadable, report.is_finite) == (False, 0, True)
         assert all(parameter.grad is None for parameter in model.parameters())
     assert (updater.state.step, updater.state.skips) == (2, 0)
 
@@ -200,20 +201,20 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(poison):
 
 
 class Apart(World):
-    """Two processes, of which the other one has half the loss, goes on, and found one broken image more."""
+    """Two processes, of which the other one has half the loss, goes on, and found one unreadable image more."""
 
-    def add_up(self, values):
+    def all_reduce(self, values):
         return Arrival(values + torch.stack([values[0] / 2, torch.tensor(0.0), torch.tensor(1.0)]))
 
 
 def test_a_report_averages_the_loss_and_adds_up_the_rest_over_processes():
     alone = make_updater().run([batch_of(0)], (0, 0))
-    updater = make_updater(world=Apart(CPU, size=2), should_stop=lambda: True, count_broken=lambda: 2)
+    updater = make_updater(world=Apart(CPU, size=2), should_stop=lambda: True, count_unreadable=lambda: 2)
     report = updater.run([batch_of(0)], (0, 0))
     assert report.loss == pytest.approx(0.75 * alone.loss, rel=1e-6)
-    assert (report.stop, report.broken) == (True, 3)
+    assert (report.stop, report.unreadable) == (True, 3)
     report = make_updater(world=Apart(CPU, size=2)).run([batch_of(0)], (0, 0))
-    assert (report.stop, report.broken) == (False, 1)
+    assert (report.stop, report.unreadable) == (False, 1)
 
 
 # --- The moving average
@@ -610,11 +611,11 @@ def test_layout_of_images():
 class Pictures:
     """Five images of one colour each; some cannot be read."""
 
-    def __init__(self, *broken):
-        self.broken, self.classes, self.targets = broken, list("abcde"), [4, 3, 2, 1, 0]
+    def __init__(self, *unreadable):
+        self.unreadable, self.classes, self.targets = unreadable, list("abcde"), [4, 3, 2, 1, 0]
 
     def load(self, index):
-        if index in self.broken:
+        if index in self.unreadable:
             raise UnreadableImage(f"cannot read image {index}")
         return Image.new("RGB", (8, 8), (index * 10, 0, 0))
 
@@ -626,13 +627,13 @@ def colour_of(image):
 def test_an_image_that_cannot_be_read_is_replaced_by_the_next_with_its_class():
     dataset = TrainDataset(Pictures(4, 0), colour_of, seed=0)
     image, target, messages = dataset[SampleKey(0, 4, 0)]
-    # After the last image comes the first, which is broken too.
+    # After the last image comes the first, which is unreadable too.
     assert (image.tolist(), target) == ([10, 0, 0], 3)
     assert messages == ("cannot read image 4", "cannot read image 0")
     assert dataset[SampleKey(0, 2, 0)][1:] == (2, ())
 
 
-def test_held_out_images_that_cannot_be_read_are_black_and_not_counted():
+def test_val_images_that_cannot_be_read_are_black_and_not_counted():
     dataset = EvalDataset(Pictures(3), colour_of)
     assert (len(dataset), dataset[2][1:]) == (5, (2, ()))
     image, target, messages = dataset[3]

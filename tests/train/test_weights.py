@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from vicinal.__main__ import main
 from vicinal.checkpoints import save_model
 from vicinal.errors import UserError
-from vicinal.train.build import build_model, build_task
+from vicinal.train.build import build_task
 from vicinal.train.config import ModelConfig, TrainConfig
+from vicinal.train.network.create import build_model
 from vicinal.train.run.world import World
 
 FAMILIES = ("nat_pico", "shvit_pico_vicinal", "davit_pico_vicinal", "test_resnet")
@@ -184,12 +185,12 @@ def test_a_file_without_weights_is_one_line(tmp_path, capsys, train, name):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "nothing", "shares"])
+@pytest.mark.parametrize("kind", ["empty folder", "nothing", "shards"])
 def test_a_place_without_weights_is_one_line(tmp_path, capsys, train, kind):
     path = tmp_path / "place"
     if kind != "nothing":
         (path / "last" / "shards").mkdir(parents=True)
-    if kind == "shares":
+    if kind == "shards":
         (path / "last" / "trainer.pt").touch()
     assert train("--weights", path)[0] == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -11,10 +11,10 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from ...checkpoints import write_atomically
-from ...command import parse_options
+from ...command import check_fields, parse_options
 from ...errors import UserError
 from ...outputs import check_output_file
-from ..config import DataConfig, check_fields
+from ..config import DataConfig
 from ..dense import survey
 from .decode import WHITE, UnreadableImage
 from .images import Images, open_images
@@ -38,8 +38,6 @@ class CheckArguments:
     """Images that are decoded at a time."""
     json: str | None = None
     """Also write the result to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         check_fields(self, threads="[1, 4096]")
@@ -60,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         check_output_file("--json", arguments.json)
     notes: list[str] = []
     config = DataConfig(name=arguments.data, data_dir=arguments.data_dir, num_classes=arguments.num_classes)
-    parts = dict(zip(("train", "held out"), open_images(config, notes.append), strict=True))
+    parts = dict(zip(("train", "val"), open_images(config, notes.append), strict=True))
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
     result = {name: {**check_images(images, arguments.threads), "notes": notes} for name, images in parts.items()}
     for name, split in result.items():

@@ -87,10 +87,10 @@ class Part(NamedTuple):
 
 
 def open_images(config: DataConfig, say: Callable[[str], None] | None = None) -> tuple[Images, Images]:
-    """The training and the held-out images that a configuration names.
+    """The training and the val images that a configuration names.
 
-    Where the data set has no held-out part, one is split off: two :class:`Selection` of the same images. Where it has
-    nothing to train on, the first one is empty, and the second one its held-out or test part.
+    Where the data set has no val split, one is split off: two :class:`Selection` of the same images. Where it has
+    nothing to train on, the first one is empty, and the second one its val or test split.
 
     Args:
         say: told what is not read, and what else is to know, a line at a time; printed to stderr by the first process
@@ -109,9 +109,9 @@ def open_images(config: DataConfig, say: Callable[[str], None] | None = None) ->
     for images in found:
         for line in getattr(images, "left_out", ()):
             say(line)
-    train, held_out = found if len(found) == 2 else split_by_class(*found, config.val_fraction, config.split_seed, say)
-    _compare_classes(config.name, train, held_out, say)
-    return train, held_out
+    train, val = found if len(found) == 2 else split_by_class(*found, config.val_fraction, config.split_seed, say)
+    _compare_classes(config.name, train, val, say)
+    return train, val
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
@@ -133,8 +133,8 @@ def _find_parts(config: DataConfig, say: Callable[[str], None]) -> dict[str | No
     if kind == "torch" and name.lower() in ("image_folder", "folder"):
         return _parts_of_folder(Path(config.data_dir or "data"), config, say)
     if kind == "torch":
-        held_out = "test" if name.lower() in TorchvisionImages.WITHOUT_VALIDATION else "val"
-        timm_names = {"train": "train", held_out: "validation"}
+        val_name = "test" if name.lower() in TorchvisionImages.WITHOUT_VALIDATION else "val"
+        timm_names = {"train": "train", val_name: "validation"}
         return {
             part: Part(
                 part, lambda _, split=split: TorchvisionImages(config.name, split, config.data_dir, config.download)
@@ -164,7 +164,7 @@ def _choose(parts: Iterable[str | None]) -> list[str | None]:
 def _open_parts(
     name: str, parts: dict[str | None, Part], wanted: str | None, say: Callable[[str], None]
 ) -> list[Images]:
-    """The training images and, unless they are to be split, the held-out ones.
+    """The training images and, unless they are to be split, the val ones.
 
     Args:
         wanted: the only part to read, for measuring.
@@ -182,19 +182,18 @@ def _open_parts(
     return [Selection(first, ()), first]
 
 
-def _compare_classes(name: str, train: Images, held_out: Images, say: Callable[[str], None]) -> None:
-    """Refuse parts whose labels mean different classes, or a held-out part without images; say what a part lacks."""
-    if list(train.classes) != list(held_out.classes):
+def _compare_classes(name: str, train: Images, val: Images, say: Callable[[str], None]) -> None:
+    """Refuse parts whose labels mean different classes, or a val split without images; say what a part lacks."""
+    if list(train.classes) != list(val.classes):
         raise UserError(
-            f"--data {name}: the training part has the classes {join(train.classes)}, the held-out part "
-            f"{join(held_out.classes)}"
+            f"--data {name}: the training part has the classes {join(train.classes)}, the val split {join(val.classes)}"
         )
-    if not len(held_out.targets):
-        raise UserError(f"--data {name}: no held-out images")
-    if isinstance(held_out, StreamImages):
+    if not len(val.targets):
+        raise UserError(f"--data {name}: no val images")
+    if isinstance(val, StreamImages):
         return
-    is_cut = isinstance(held_out, Selection) and isinstance(train, Selection)
-    for part, images in (("training", train), *(() if is_cut else (("held-out", held_out),))):
+    is_cut = isinstance(val, Selection) and isinstance(train, Selection)
+    for part, images in (("training", train), *(() if is_cut else (("val", val),))):
         missing = sorted(set(range(len(images.classes))) - set(map(int, images.targets))) if len(images.targets) else []
         if missing:
             say(f"{name}: no {part} images of {len(missing)} classes: {join([images.classes[i] for i in missing])}")
@@ -210,7 +209,7 @@ def _parts_of_hugging_face(splits: dict[str, Callable[..., Images]]) -> dict[str
 
 
 def _parts_of_stream(config: DataConfig, say: Callable[[str], None]) -> dict[str | None, Part]:
-    """Of ``hfids/NAME`` or ``wds/ROOT``, names that timm has for them; a held-out part is needed."""
+    """Of ``hfids/NAME`` or ``wds/ROOT``, names that timm has for them; a val split is needed."""
     kind, _, name = config.name.partition("/")
     splits = find_parquet_shards(name) if kind == "hfids" else find_tar_shards(name)
     wanted = ("train", "val") if "train" in splits or not set(splits) & {"val", "test"} else ()
@@ -241,7 +240,7 @@ def _open_stream(config: DataConfig, shards: Shards, train: Images | None, say: 
         return StreamImages(shards, classes, config.stream_lanes, config.shuffle_buffer)
     named = shards.classes
     if named is not None and list(named) != list(classes)[: len(named)]:
-        raise UserError(f"--data {config.name}: class {named[-1]} of the held-out part has no training images")
+        raise UserError(f"--data {config.name}: class {named[-1]} of the val split has no training images")
     return StreamImages(shards, classes)
 
 
@@ -337,24 +336,24 @@ def load_mnist() -> ArrayImages:
 def split_by_class(
     images: Images, val_fraction: float, seed: int, say: Callable[[str], None] = _print_note
 ) -> tuple[Selection, Selection]:
-    """Split off a share of every class, the same for the same seed: at least one image, and never all of them.
+    """Split off a part of every class, the same for the same seed: at least one image, and never all of them.
 
     Raises:
         UserError: no class has two images.
     """
     targets = np.asarray(images.targets)
     generator = np.random.default_rng(seed)
-    held_out, single = np.zeros(len(targets), dtype=bool), []
+    val, single = np.zeros(len(targets), dtype=bool), []
     for target in np.unique(targets):
         members = generator.permutation(np.flatnonzero(targets == target))
         if len(members) == 1:
             single.append(images.classes[target])
-        held_out[members[: min(max(1, round(val_fraction * len(members))), len(members) - 1)]] = True
-    if not held_out.any():
-        raise UserError(f"--data: no class has two images, so that none can be held out: {join(single)}")
+        val[members[: min(max(1, round(val_fraction * len(members))), len(members) - 1)]] = True
+    if not val.any():
+        raise UserError(f"--data: no class has two images, so that val would have none: {join(single)}")
     if single:
-        say(f"{len(single)} classes with a single image train on it, and none of them is held out: {join(single)}")
-    return Selection(images, np.flatnonzero(~held_out)), Selection(images, np.flatnonzero(held_out))
+        say(f"{len(single)} classes with a single image train on it, and val has none of them: {join(single)}")
+    return Selection(images, np.flatnonzero(~val)), Selection(images, np.flatnonzero(val))
 
 
 IN_MEMORY = {"digits": load_digits, "mnist": load_mnist}

@@ -1,4 +1,10 @@
-"""Batches on their way from the data set to the loop, past images that cannot be read and workers that die."""
+"""Batches on their way from the data set to the loop, past images that cannot be read and workers that die.
+
+``StatefulDataLoader`` of torchdata resumes a pass too, but saves what each worker of each process held, and gives it
+back to as many of them. Here the order is a function of counters (see :mod:`.order`), and there is no state to save
+beside a number of images: a run goes on with other numbers of workers and of processes, and dead workers are replaced
+in the middle of a pass, by torch's own ``DataLoader``.
+"""
 
 import os
 import signal
@@ -17,14 +23,14 @@ from .images import IN_MEMORY
 
 MAX_RESTARTS = 3
 IGNORED_TARGET = -1
-"""The target of a held-out image that could not be read; it counts for nothing."""
+"""The target of a val image that could not be read; it counts for nothing."""
 
 
 class NoReplacement(str):
     """Among the messages of a training example: no image was found that could take its place."""
 
 
-class BrokenImages:
+class UnreadableCounter:
     """The images of a run that could not be read, each counted once.
 
     Args:
@@ -63,7 +69,7 @@ class BrokenImages:
         """Raise if there are more than the limit."""
         if len(self.messages) > self.limit:
             raise UnreadableImage(
-                f"{self.messages[-1]}; that is {len(self.messages)} of at most {self.limit} (--max-broken); "
+                f"{self.messages[-1]}; that is {len(self.messages)} of at most {self.limit} (--max-unreadable); "
                 "vicinal data check lists all of them"
             )
 
@@ -96,15 +102,17 @@ class Batches:
         sampler: lists of keys, of which ``parts`` make up a batch; its ``skip`` leaves out the first batches.
         workers: loader processes, 0 for none.
         device: pins memory where it is CUDA.
-        broken: counts the images that could not be read; raises :class:`UnreadableImage` past its limit.
+        unreadable: counts the images that could not be read; raises :class:`UnreadableImage` past its limit.
 
     Raises:
         RunStopped: workers died more than :data:`MAX_RESTARTS` times in one pass.
     """
 
-    def __init__(self, dataset: Dataset, sampler: Sampler, workers: int, device: torch.device, broken: BrokenImages):
+    def __init__(
+        self, dataset: Dataset, sampler: Sampler, workers: int, device: torch.device, unreadable: UnreadableCounter
+    ):
         self.dataset, self.sampler, self.workers, self.device = dataset, sampler, workers, device
-        self.broken = broken
+        self.unreadable = unreadable
         self.restarts = 0
         """Times that dead workers were replaced."""
         self._loader = self._start_loader()
@@ -130,7 +138,7 @@ class Batches:
             try:
                 for images, targets, messages in _join(_iterate(self._loader), self.sampler.parts):
                     for message in messages:
-                        self.broken.add(message)
+                        self.unreadable.add(message)
                     done += 1
                     yield images, targets
                 return

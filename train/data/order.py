@@ -55,7 +55,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
         self.stream, self.parts = stream, 1 if stream is None else max(1, workers)
         self.epoch = self.position = self.skip = 0
         if num_images == 0:
-            raise UserError("--data: no training images; a held-out or test part alone can be measured, not trained on")
+            raise UserError("--data: no training images; a val or test split alone can be measured, not trained on")
         if self.per_epoch == 0:
             raise UserError(
                 f"--batch-size {batch_size} on {world.size} processes exceeds the {num_images} training images"
@@ -112,7 +112,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
 
 
 class EvalSampler(Sampler[list[int]]):
-    """This process's batches of the held-out images: a stretch of them, in order.
+    """This process's batches of the val images: a stretch of them, in order.
 
     Every process gets the same number of batches of the same sizes, filled up by wrapping around, because sharded
     models communicate in every forward pass; only the first ``num_valid`` examples are to be counted.
@@ -123,9 +123,9 @@ class EvalSampler(Sampler[list[int]]):
     def __init__(self, num_images: int, batch_size: int, world: World):
         self.num_images, self.batch_size = num_images, batch_size
         self.skip = 0
-        share = math.ceil(num_images / world.size)
-        self.indices = [index % num_images for index in range(world.rank * share, (world.rank + 1) * share)]
-        self.num_valid = min(share, max(0, num_images - world.rank * share))
+        part = math.ceil(num_images / world.size)
+        self.indices = [index % num_images for index in range(world.rank * part, (world.rank + 1) * part)]
+        self.num_valid = min(part, max(0, num_images - world.rank * part))
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size) - self.skip

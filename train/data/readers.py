@@ -24,7 +24,7 @@ from .folders import find_files
 from .splits import LeftOut, group_files, join, part_of_folder
 
 IMAGENET = (1281167, 50000, 1000)
-"""Training images, held-out images and classes of ImageNet-1k."""
+"""Training images, val images and classes of ImageNet-1k."""
 INFO = "_info.json"
 """Lists the shards of a WebDataset, in timm's form."""
 MAX_CLASSES = 100_000
@@ -522,12 +522,12 @@ class SyntheticImages:
 
 
 def open_synthetic(name: str) -> tuple[SyntheticImages, SyntheticImages]:
-    """``synthetic``, as many images as ImageNet-1k has; or ``synthetic/IMAGES/CLASSES``, a fifth more held out."""
+    """``synthetic``, as many images as ImageNet-1k has; or ``synthetic/IMAGES/CLASSES``, a fifth more for val."""
     parts = name.split("/")[1:]
     if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) not in (0, 2):
         raise UserError(f"--data {name}: give synthetic, or synthetic/IMAGES/CLASSES such as synthetic/5000/10")
-    train, held_out, classes = IMAGENET
+    train, val, classes = IMAGENET
     if parts:
         train, classes = map(int, parts)
-        held_out = max(classes, train // 5)
-    return SyntheticImages(train, classes, seed=0), SyntheticImages(held_out, classes, seed=1)
+        val = max(classes, train // 5)
+    return SyntheticImages(train, classes, seed=0), SyntheticImages(val, classes, seed=1)

@@ -1,4 +1,4 @@
-"""Which part of a data set a name means: training, held out (for choosing the best model), or test (for measuring)."""
+"""Which part of a data set a name means: train, val (for choosing the best model), or test (for measuring)."""
 
 import re
 from collections.abc import Iterable, Sequence

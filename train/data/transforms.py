@@ -16,7 +16,7 @@ from ..config import AugmentationConfig, DataConfig
 from ..run.randomness import seed_host, stream_seed
 from ..run.world import World
 from .images import Images, UnreadableImage
-from .loader import IGNORED_TARGET, Batches, BrokenImages, NoReplacement, resolve_workers
+from .loader import IGNORED_TARGET, Batches, NoReplacement, UnreadableCounter, resolve_workers
 from .order import EvalSampler, SampleKey, TrainSampler
 from .streams import StreamImages
 
@@ -50,7 +50,7 @@ class TrainDataset(Dataset):
 
 
 class EvalDataset(Dataset):
-    """Held-out examples by index: uint8 tensor of shape (3, H, W), class index, messages.
+    """Val examples by index: uint8 tensor of shape (3, H, W), class index, messages.
 
     An image that cannot be read is black, and its class index is :data:`IGNORED_TARGET`.
     """
@@ -236,19 +236,22 @@ def train_batches(
     spec: InputSpec,
     seed: int,
     world: World,
-    broken: BrokenImages | None = None,
+    unreadable: UnreadableCounter | None = None,
 ) -> Batches:
     """This process's training batches; ``sampler.begin`` chooses the epoch before each pass."""
     dataset = TrainDataset(images, train_transform(augmentation, spec), seed)
     workers, stream = resolve_workers(data), images if isinstance(images, StreamImages) else None
     sampler = TrainSampler(len(images.targets), data.batch_size, seed, augmentation.repeats, world, stream, workers)
-    return Batches(dataset, sampler, workers, world.device, broken or BrokenImages(data.max_broken))
+    unreadable = unreadable or UnreadableCounter(data.max_unreadable)
+    return Batches(dataset, sampler, workers, world.device, unreadable)
 
 
 def eval_batches(
-    images: Images, data: DataConfig, spec: InputSpec, world: World, broken: BrokenImages | None = None
+    images: Images, data: DataConfig, spec: InputSpec, world: World, unreadable: UnreadableCounter | None = None
 ) -> Batches:
-    """This process's share of the held-out images; ``sampler.num_valid`` of them count."""
+    """This process's part of the val images; ``sampler.num_valid`` of them count."""
     dataset = EvalDataset(images, eval_transform(spec))
     sampler = EvalSampler(len(images.targets), data.batch_size, world)
-    return Batches(dataset, sampler, resolve_workers(data), world.device, broken or BrokenImages(data.max_broken))
+    return Batches(
+        dataset, sampler, resolve_workers(data), world.device, unreadable or UnreadableCounter(data.max_unreadable)
+    )

@@ -62,7 +62,7 @@ def image_sizes(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
         with Image.open(path, formats=image_formats()) as image:
             stored = image.size
             return stored, stored[::-1] if read_orientation(image) in _STORED else stored
-    # A broken header raises what it likes: no narrower base covers PIL.
+    # A damaged header raises what it likes: no narrower base covers PIL.
     except Exception as error:
         raise UnreadableImage(f"cannot read image {path}: {first_line(error)}") from error
 

@@ -1,14 +1,12 @@
 """Options of ``vicinal detect`` and ``vicinal segment``; the string below a field is its ``--help`` text."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import tyro
 
-from ...command import parse_options
 from ...errors import UserError
 from ..config import Options
 
@@ -97,18 +95,6 @@ class DenseTrain:
     data: DenseData = field(default_factory=DenseData)
     model: DenseModel = field(default_factory=DenseModel)
     run: DenseRun = field(default_factory=DenseRun)
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-def train_command(task: str, argv: Sequence[str]) -> int:
-    """``vicinal detect train`` and ``vicinal segment train``; returns the exit code."""
-    prog = f"vicinal {task} train"
-    options = parse_options(DenseTrain, prog, argv, config=(tyro.conf.OmitArgPrefixes,))
-    require_packages()
-    from .run import train
-
-    return train(task, options)
 
 
 def require_packages() -> None:

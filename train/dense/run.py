@@ -14,7 +14,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from timm.models import get_pretrained_cfg
 
 from ...checkpoints import save
-from ...errors import UserError, first_line
+from ...errors import UserError, find_shortage, first_line
 from ...outputs import check_output_folder
 from ...zoo.mmlab.backbone import VicinalBackbone, is_weight_file
 from ...zoo.mmlab.weights import ATOMIC_BACKEND, guard, load_starting_weights
@@ -86,7 +86,7 @@ def _run(runner: Runner, cfg: Config, folder: Path, load_from: str | None, seed:
     except UserError as error:
         raise UserError(_without_worker(str(error))) from error
     except Exception as error:
-        if first.is_done:
+        if first.is_done or find_shortage(error):
             raise
         raise UserError(f"{cfg.filename}: {type(error).__name__}: {first_line(error)}") from error
 
@@ -161,6 +161,8 @@ def build_runner(cfg: Config, world: World) -> Runner:
         return Runner.from_cfg(cfg)
     # Whatever a component says of the arguments that the config has for it.
     except Exception as error:
+        if find_shortage(error):
+            raise
         raise UserError(f"{cfg.filename or cfg.work_dir}: {type(error).__name__}: {first_line(error)}") from error
 
 

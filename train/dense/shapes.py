@@ -15,10 +15,9 @@ import tyro
 from PIL import Image, ImageDraw
 
 from ...checkpoints import write_atomically
-from ...command import parse_options
+from ...command import check_fields, parse_options
 from ...errors import UserError
 from ...outputs import check_output_folder
-from ..config import check_fields
 
 CLASSES = ("rectangle", "circle", "triangle")
 FOLDERS = {"train": "training", "val": "validation"}
@@ -40,8 +39,6 @@ class ShapesConfig:
     """Height and width of a scene in pixels."""
     seed: int = 0
     """Seed of everything that is drawn."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         if self.img_size < 32:

@@ -33,8 +33,6 @@ class InspectArguments:
     """Folder that the COCO files' image names start from."""
     json: str | None = None
     """Also write the result to this file."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass
@@ -57,11 +55,7 @@ class Split:
 def is_dense(argv: Sequence[str]) -> bool:
     """Whether the arguments of ``vicinal data check`` are for this module: a COCO file, or a folder of such data."""
     # the value of an option is no data, such as the file of --json
-    given = [
-        Path(word)
-        for before, word in zip(["", *argv], argv, strict=False)
-        if not before.startswith("--") or before == "--debug"
-    ]
+    given = [Path(word) for before, word in zip(["", *argv], argv, strict=False) if not before.startswith("--")]
     paths = [path for path in given if not path.name.startswith("-")]
     if not paths:
         return False

@@ -32,7 +32,7 @@ class RunFolder:
     """The folder of one run.
 
     Holds ``config.yaml``, ``metrics.jsonl``, ``metrics.csv`` and checkpoints: ``last/``, the newest one, from which a
-    run resumes; ``previous/``, the one before it; ``best/``, the model with the highest held-out accuracy; and
+    run resumes; ``previous/``, the one before it; ``best/``, the model with the highest val accuracy; and
     ``epoch-0010/`` and so on where asked for. Each is written under a temporary name, listed with the digests of its
     files in ``manifest.json``, and renamed: a checkpoint is either whole or it is not there.
     """
@@ -43,23 +43,24 @@ class RunFolder:
         self.table, self.report = self.path / "metrics.csv", self.path / "report.png"
         self._lock: int | None = None
 
-    def claim(self, may_hold_files: bool) -> None:
-        """Create the folder and lock it; refuse one that another run writes, or that holds files unless it may."""
+    def check(self, may_hold_files: bool) -> None:
+        """Refuse a folder that another run writes, or that holds files unless it may."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path}: is a file; give a folder")
+        if (self.path / _LOCK).is_file():
+            self._take_lock()
+            self.release()
         if self.path.is_dir() and not may_hold_files and any(item.name != _LOCK for item in self.path.iterdir()):
-            self._refuse_if_locked()
             raise UserError(
                 f"--output {self.path}: is not empty; --resume auto goes on from its last checkpoint, "
                 "or give another --output"
             )
+
+    def claim(self, may_hold_files: bool) -> None:
+        """Create the folder and lock it, unless :meth:`check` refuses it."""
+        self.check(may_hold_files)
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-
-    def _refuse_if_locked(self) -> None:
-        if (self.path / _LOCK).is_file():
-            self._take_lock()
-            self.release()
 
     def _take_lock(self) -> None:
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -117,7 +118,7 @@ class RunFolder:
             digests.update(digest_files(partial, list_files(partial)[world.rank :: world.size]))
 
         failure = _attempt(world, digest)
-        merged = {name: entry for share in world.collect(digests) for name, entry in share.items()}
+        merged = {name: entry for part in world.all_gather(digests) for name, entry in part.items()}
         if failure:
             return failure
         text = json.dumps({"facts": dict(facts), "files": merged}, indent=1, sort_keys=True)
@@ -274,7 +275,7 @@ def find_resume_point(resume: str | None, output: RunFolder, world: World) -> tu
     Raises:
         UserError: a path was given, and it holds no checkpoint, or there are only damaged ones.
     """
-    found, notes, problem = world.share(_search(resume, output) if world.is_primary else None)
+    found, notes, problem = world.broadcast(_search(resume, output) if world.is_primary else None)
     if problem:
         raise UserError(problem)
     return found, notes

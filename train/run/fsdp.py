@@ -1,4 +1,17 @@
-"""FSDP2: weights, gradients and optimizer state in shares, block by block, and the way between shares and wholes."""
+"""FSDP2: weights, gradients and optimizer state in shards, block by block, and between shards and full tensors.
+
+Sharding is torch's (``fully_shard``), and so are sharded checkpoints (``torch.distributed.checkpoint``). What
+``torch.distributed.checkpoint.state_dict`` offers besides was held against what stands here, and is not taken:
+
+- ``get_optimizer_state_dict`` names states by parameter, where a ``trainer.pt`` holds ``optimizer.state_dict()`` as
+  every run has it, so that runs with and without shards go on from each other's. Before the first update it also
+  makes one, of zero gradients, which counts as a step that nobody made.
+- ``set_model_state_dict(broadcast_from_rank0=True)`` fills what a state dict holds: buffers that are not persistent,
+  such as index tables, would keep what ``to_empty`` left in them. :func:`broadcast_from_first` fills all.
+- A full state dict of weights on the CPU is what :func:`full_tensors` makes, which the optimizer needs anyway.
+
+The reader of shards is torch's with its unpickling restricted to the types of metadata.
+"""
 
 import dataclasses
 import pickle
@@ -62,7 +75,7 @@ def _has_equal_types(module: nn.Module) -> bool:
 
 
 def shard(model: nn.Module, world: World) -> None:
-    """Turn a model's parameters into shares in place: one group of each block, and one of the rest."""
+    """Turn a model's parameters into shards in place: one group of each block, and one of the rest."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in find_blocks(model):
         fully_shard(block, mesh=mesh)
@@ -73,7 +86,7 @@ class ShardedTask(ClassificationTask):
     """Classification whose model, and moving average, are sharded with FSDP2.
 
     Args:
-        model: on the meta device, or a whole model, the same in each process.
+        model: on the meta device, or a complete model, the same in each process.
         source: in the first process, the model whose weights and buffers a model on the meta device takes over.
         world: the processes.
         options: see :class:`timm.task.ClassificationTask`.
@@ -134,96 +147,97 @@ def broadcast_from_first(model: nn.Module, source: nn.Module | None, world: Worl
     """Fill parameters and buffers, one by one, with those of the first process's ``source``."""
     values = {} if source is None else dict([*source.named_parameters(), *source.named_buffers()])
     for name, target in [*model.named_parameters(), *model.named_buffers()]:
-        whole = torch.empty(target.shape, dtype=target.dtype, device=world.device)
+        full = torch.empty(target.shape, dtype=target.dtype, device=world.device)
         if world.is_primary:
-            whole.copy_(values[name])
+            full.copy_(values[name])
         if dist.get_world_size() > 1:
-            dist.broadcast(whole, 0)
-        target.copy_(as_share_of(target, whole))
+            dist.broadcast(full, 0)
+        target.copy_(shard_like(target, full))
 
 
-def as_share_of(target: Tensor, whole: Tensor) -> Tensor:
-    """A whole tensor, the same in each process, laid out like ``target``."""
+def shard_like(target: Tensor, full: Tensor) -> Tensor:
+    """A full tensor, the same in each process, laid out like ``target``."""
     if not isinstance(target, DTensor):
-        return whole
-    whole = whole.to(target.device)
-    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        return full
+    full = full.to(target.device)
+    return distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def as_wholes(tree: Any, keep: bool) -> Any:
-    """The same nested structure with whole tensors on the CPU for shares; all processes call this together.
+def full_tensors(tree: Any, keep: bool) -> Any:
+    """The same nested structure with full tensors on the CPU for shards; all processes call this together.
 
     Args:
         keep: False leaves the tensors out, in processes that only help to put them together.
     """
     if isinstance(tree, dict):
-        return {key: as_wholes(value, keep) for key, value in tree.items()}
+        return {key: full_tensors(value, keep) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(as_wholes(value, keep) for value in tree)
+        return type(tree)(full_tensors(value, keep) for value in tree)
     if isinstance(tree, DTensor):
-        whole = tree.detach().full_tensor()
-        return whole.cpu() if keep else None
+        full = tree.detach().full_tensor()
+        return full.cpu() if keep else None
     return tree
 
 
 @torch.no_grad()
-def load_wholes(model: nn.Module, wholes: dict[str, Tensor]) -> None:
-    """Load a state dict of whole tensors into a model that may be sharded."""
+def load_full_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load a state dict of full tensors into a model that may be sharded."""
     targets = model.state_dict()
-    shares = {name: as_share_of(targets[name], whole) if name in targets else whole for name, whole in wholes.items()}
-    model.load_state_dict(shares)
+    model.load_state_dict(
+        {name: shard_like(targets[name], full) if name in targets else full for name, full in tensors.items()}
+    )
 
 
-def optimizer_shares(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
-    """An optimizer's state dict of whole tensors, laid out like its parameters.
+def shard_optimizer_state(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
+    """An optimizer's state dict of full tensors, laid out like its parameters.
 
     Args:
         state: with parameters by number, as ``optimizer.state_dict()`` has them.
         parameters: of the optimizer, in that order.
     """
     entries = {
-        number: {key: _share_of_state(parameters[number], value) for key, value in entry.items()}
+        number: {key: _shard_of_state(parameters[number], value) for key, value in entry.items()}
         for number, entry in state["state"].items()
     }
     return {**state, "state": entries}
 
 
-def _share_of_state(parameter: Tensor, value: Any) -> Any:
+def _shard_of_state(parameter: Tensor, value: Any) -> Any:
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.shape == parameter.shape:
-        return as_share_of(parameter, value)
+        return shard_like(parameter, value)
     mesh = parameter.device_mesh
     return distribute_tensor(value.to(parameter.device), mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
 
 
-def take_out_shares(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
-    """Split an optimizer's state dict into small values and shares by name; markers stand in the places of the latter.
+def take_out_shards(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
+    """Split an optimizer's state dict into small values and shards by name; markers stand in the places of the latter.
 
     Returns:
-        The state dict with ``{"share": name, "shape": [...], "dtype": "float32"}`` for shares, and the shares.
+        The state dict with ``{"shard": name, "shape": [...], "dtype": "float32"}`` for shards, and the shards.
     """
-    shares: dict[str, DTensor] = {}
+    shards: dict[str, DTensor] = {}
     entries = {}
     for number, entry in state["state"].items():
         entries[number] = dict(entry)
         for key, value in entry.items():
             if isinstance(value, DTensor):
                 name = f"optimizer.{number}.{key}"
-                shares[name] = value
+                shards[name] = value
                 dtype = str(value.dtype).removeprefix("torch.")
-                entries[number][key] = {"share": name, "shape": list(value.shape), "dtype": dtype}
-    return {**state, "state": entries}, shares
+                entries[number][key] = {"shard": name, "shape": list(value.shape), "dtype": dtype}
+    return {**state, "state": entries}, shards
 
 
-def empty_shares(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
-    """The state dict of :func:`take_out_shares` with empty shares for the markers, to be read into."""
+def empty_shards(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
+    """The state dict of :func:`take_out_shards` with empty shards for the markers, to be read into."""
 
     def fill(number: int, value: Any) -> Any:
-        if not isinstance(value, dict) or "share" not in value:
+        if not isinstance(value, dict) or "shard" not in value:
             return value
-        whole = torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]))
-        return _share_of_state(parameters[number], whole)
+        full = torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]))
+        return _shard_of_state(parameters[number], full)
 
     entries = {
         number: {key: fill(number, value) for key, value in entry.items()} for number, entry in state["state"].items()
@@ -231,8 +245,8 @@ def empty_shares(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, A
     return {**state, "state": entries}
 
 
-def save_shares(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write each process's shares with torch.distributed.checkpoint; all processes call this together.
+def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write each process's shards with torch.distributed.checkpoint; all processes call this together.
 
     Raises:
         OSError: in all processes, where one could not write.
@@ -243,8 +257,8 @@ def save_shares(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(_first_failure(error)) from error
 
 
-def load_shares(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read into tensors of any number of processes what :func:`save_shares` wrote; all call this together.
+def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read into tensors of any number of processes what :func:`save_shards` wrote; all call this together.
 
     Raises:
         ValueError: in all processes, where one could not read, or the folder holds anything but tensors.
@@ -321,12 +335,12 @@ def _is_entry(instance: Any) -> bool:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether this process's shares, or whole tensors, hold only finite numbers."""
+    """Whether this process's shards, or full tensors, hold only finite numbers."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return all(bool(torch.isfinite(tensor).all()) for tensor in local if tensor.is_floating_point())
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
     """The mesh over which a model is sharded, or None."""
-    shares = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
-    return next((share.device_mesh for share in shares), None)
+    shards = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return next((shard.device_mesh for shard in shards), None)

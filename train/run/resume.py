@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from ...command import flag_of
 from ...errors import UserError
-from ..config import TrainConfig
+from ..config import SECTIONS, TrainConfig
 from ..data.decode import UnreadableImage
 from ..data.images import Images
 from ..data.streams import StreamImages
+from ..network.weights import describe_classes
 from ..recipe import as_plain
-from ..weights import describe_classes
 
 # Where and how the run computes, and what it leaves behind: they decide no result.
 FREE = {
-    "data": ("data_dir", "download", "workers", "max_broken"),
+    "data": ("data_dir", "download", "workers", "max_unreadable"),
     "run": (
         *("output", "resume", "device", "threads", "channels_last", "compile", "grad_checkpointing", "deterministic"),
         *("parallel", "save_interval", "save_epochs", "keep", "sharded_checkpoints", "log_interval", "tensorboard"),
@@ -53,13 +54,13 @@ FIXED = {
 # The name of the data is none of them: what counts is which images lie there.
 
 
-def describe_settings(config: TrainConfig, train: Images, held_out: Images) -> dict[str, Any]:
+def describe_settings(config: TrainConfig, train: Images, val: Images) -> dict[str, Any]:
     """The configuration of a run and what its data holds, as plain values."""
     return {
         "config": as_plain(dataclasses.asdict(config)),
         "classes": [str(name) for name in train.classes],
         "training images": _describe_images(train),
-        "held-out images": _describe_images(held_out),
+        "val images": _describe_images(val),
     }
 
 
@@ -129,7 +130,7 @@ def _compare_data(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]
     if saved["classes"] != own["classes"]:
         return [f"--data has {describe_classes(own['classes'], saved['classes'])}"]
     was, now = (each["config"]["data"]["name"] for each in (saved, own))
-    for part in ("training images", "held-out images"):
+    for part in ("training images", "val images"):
         if saved[part]["count"] != own[part]["count"]:
             return [f"--data has {own[part]['count']} {part} (was {saved[part]['count']})"]
         if (saved[part]["labels"] is None) != (own[part]["labels"] is None):
@@ -144,13 +145,8 @@ def _compare_data(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]
 def describe_changes(was: Mapping[str, Any], now: Mapping[str, Any], fields: Mapping[str, Sequence[str]]) -> list[str]:
     """``--flag VALUE (was VALUE)`` for the fields, by section, in which two configurations differ."""
     return [
-        f"{flag_of(section, name)} {now[section][name]} (was {was[section][name]})"
+        f"{flag_of(SECTIONS[section], name)} {now[section][name]} (was {was[section][name]})"
         for section, names in fields.items()
         for name in names
         if now[section][name] != was[section][name]
     ]
-
-
-def flag_of(section: str, name: str) -> str:
-    """The flag of a field of the configuration."""
-    return f"--{section if name == 'name' else name.replace('_', '-')}"

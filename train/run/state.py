@@ -19,31 +19,31 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...checkpoints import load, save, save_model, write_atomically
-from ...errors import UserError, first_line
+from ...errors import UserError, find_shortage, first_line
 from .folder import TRAINER_STATE
 from .fsdp import (
-    as_wholes,
-    empty_shares,
-    load_shares,
-    load_wholes,
+    empty_shards,
+    full_tensors,
+    load_full_tensors,
+    load_shards,
     mesh_of,
-    optimizer_shares,
-    save_shares,
-    take_out_shares,
+    save_shards,
+    shard_optimizer_state,
+    take_out_shards,
 )
 from .resume import changed_options, hold_against
 from .world import World
 
 TRAINING_WEIGHTS = "training_weights.safetensors"
-SHARES = "shares"
-_FORMAT = 3
+SHARDS = "shards"
+_FORMAT = 4
 _COUNTERS = ("epoch", "position", "step", "loss_batches", "skips", "best_epoch")
 _NUMBERS = ("loss_sum", "top1", "best_top1")
-_PROGRESS = (*_COUNTERS, *_NUMBERS, "broken")
+_PROGRESS = (*_COUNTERS, *_NUMBERS, "unreadable")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys((*_COUNTERS, "processes"), int),
     **dict.fromkeys(_NUMBERS, (int, float)),
-    **{"broken": list, "average": bool, "optimizer": dict, "scaler": (dict, type(None)), "settings": dict},
+    **{"unreadable": list, "average": bool, "optimizer": dict, "scaler": (dict, type(None)), "settings": dict},
 }
 # States of the optimizers that have a number for each weight.
 _LIKE_THE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -67,10 +67,10 @@ class TrainState:
     loss_batches: int = 0
     skips: int = 0
     """Updates skipped in a row, up to now."""
-    broken: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     """Messages of the images that could not be read."""
     top1: float = math.nan
-    """Held-out accuracy after the last finished epoch, percent."""
+    """Val accuracy after the last finished epoch, percent."""
     best_top1: float = -math.inf
     best_epoch: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class TrainState:
         All processes of a sharded model call this together; ``keep=False`` gives the memory back at once.
         """
         state = unwrap_model(self.task.get_trainable_module(ema=average)).state_dict()
-        return as_wholes(state, keep)
+        return full_tensors(state, keep)
 
     def prepare_model(self, world: World) -> Callable[[Path], None]:
         """Gather the weights that evaluation sees (the average, if there is one); returns what writes them."""
@@ -103,22 +103,22 @@ class TrainState:
 
         return write
 
-    def prepare(self, world: World, as_shares: bool = False) -> Callable[[Path], None]:
+    def prepare(self, world: World, sharded: bool = False) -> Callable[[Path], None]:
         """Gather everything that a checkpoint holds; returns what writes it.
 
         Each process calls both. Gathering needs all of them, and writing none of the others, so that a full disk leaves
-        nobody waiting (shares are written by torch, which tells all processes of a failure in one).
+        nobody waiting (shards are written by torch, which tells all processes of a failure in one).
 
         Args:
-            as_shares: leave weights and optimizer in shares, each written by its process.
+            sharded: leave weights and optimizer in shards, each written by its process.
         """
-        if as_shares:
-            optimizer, shares = take_out_shares(self.optimizer.state_dict())
-            shares.update(self._model_shares())
-            write_tensors = partial(_write_shares, shares)
+        if sharded:
+            optimizer, shards = take_out_shards(self.optimizer.state_dict())
+            shards.update(self._model_shards())
+            write_tensors = partial(_write_shards, shards)
         else:
-            optimizer = as_wholes(self.optimizer.state_dict(), keep=world.is_primary)
-            write_tensors = self._whole_writer(world)
+            optimizer = full_tensors(self.optimizer.state_dict(), keep=world.is_primary)
+            write_tensors = self._full_writer(world)
         progress = {
             "format": _FORMAT,
             "processes": world.size,
@@ -139,7 +139,7 @@ class TrainState:
 
         return write
 
-    def _whole_writer(self, world: World) -> Callable[[Path], None]:
+    def _full_writer(self, world: World) -> Callable[[Path], None]:
         write_model = self.prepare_model(world)
         training = self.weights(average=False, keep=world.is_primary) if self.task.has_ema() else None
 
@@ -150,7 +150,7 @@ class TrainState:
 
         return write
 
-    def _model_shares(self) -> dict[str, Tensor]:
+    def _model_shards(self) -> dict[str, Tensor]:
         kinds = ("weights", "average") if self.task.has_ema() else ("weights",)
         return {
             f"{kind}.{name}": tensor
@@ -185,16 +185,16 @@ class TrainState:
         """
         progress = _read_progress(folder / TRAINER_STATE)
         notes = hold_against(progress["settings"], self.settings, f"--resume {folder}")
-        as_shares = (folder / SHARES).is_dir()
-        if as_shares and not self.is_sharded:
+        sharded = (folder / SHARDS).is_dir()
+        if sharded and not self.is_sharded:
             raise UserError(f"--resume {folder}: written with --sharded-checkpoints; add --parallel fsdp to read it")
         self._check_average(folder, progress["average"])
         fresh = [dict(group) for group in self.optimizer.param_groups]
         try:
-            if as_shares:
-                self._restore_shares(folder, progress)
+            if sharded:
+                self._restore_shards(folder, progress)
             else:
-                self._restore_wholes(folder, progress)
+                self._restore_full(folder, progress)
             if self.scaler and progress["scaler"]:
                 self.scaler.load_state_dict(progress["scaler"])
             own = folder / _buffers_name(world.rank)
@@ -202,6 +202,8 @@ class TrainState:
                 self._restore_buffers(load(own))
             self._check_optimizer()
         except Exception as error:  # whatever the readers of torch do with a file that is not what it says
+            if find_shortage(error):
+                raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"--resume {folder}: does not fit this model and optimizer: {reason}") from error
         self._apply_options(fresh, changed_options(progress["settings"], self.settings), folder)
@@ -225,22 +227,22 @@ class TrainState:
                 raise UserError(f"--resume {folder}: --optimizer-kwargs {unknown[0]} cannot be changed in a run")
             group.update({name: own[name] for name in ("weight_decay", *names) if name in own})
 
-    def _restore_wholes(self, folder: Path, progress: dict[str, Any]) -> None:
+    def _restore_full(self, folder: Path, progress: dict[str, Any]) -> None:
         has_average = progress["average"]
         if has_average:
-            load_wholes(unwrap_model(self.task.get_trainable_module(ema=True)), load(folder))
-        load_wholes(self.model, load(folder / TRAINING_WEIGHTS if has_average else folder))
+            load_full_tensors(unwrap_model(self.task.get_trainable_module(ema=True)), load(folder))
+        load_full_tensors(self.model, load(folder / TRAINING_WEIGHTS if has_average else folder))
         optimizer = progress["optimizer"]
         if self.is_sharded:
-            optimizer = optimizer_shares(optimizer, self._parameters())
+            optimizer = shard_optimizer_state(optimizer, self._parameters())
         self.optimizer.load_state_dict(optimizer)
 
-    def _restore_shares(self, folder: Path, progress: dict[str, Any]) -> None:
-        optimizer = empty_shares(progress["optimizer"], self._parameters())
-        _, shares = take_out_shares(optimizer)
-        model = self._model_shares()
+    def _restore_shards(self, folder: Path, progress: dict[str, Any]) -> None:
+        optimizer = empty_shards(progress["optimizer"], self._parameters())
+        _, shards = take_out_shards(optimizer)
+        model = self._model_shards()
         # In place: the tensors of the model are what is read into.
-        load_shares(folder / SHARES, {**shares, **model})
+        load_shards(folder / SHARDS, {**shards, **model})
         self.optimizer.load_state_dict(optimizer)
 
     def _check_average(self, folder: Path, has_average: bool) -> None:
@@ -263,8 +265,8 @@ def _write_object(value: Any, path: str) -> None:
     Path(path).write_bytes(content.getbuffer())
 
 
-def _write_shares(shares: dict[str, Tensor], folder: Path) -> None:
-    save_shares(folder / SHARES, shares)
+def _write_shards(shards: dict[str, Tensor], folder: Path) -> None:
+    save_shards(folder / SHARDS, shards)
 
 
 def _buffers_name(rank: int) -> str:
@@ -275,6 +277,8 @@ def _read_progress(path: Path) -> dict[str, Any]:
     try:
         progress = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle makes of itself
+        if find_shortage(error):
+            raise
         raise UserError(f"--resume: cannot read {path}: {first_line(error)}") from error
     if not isinstance(progress, dict) or progress.get("format") != _FORMAT:
         raise UserError(f"--resume: {path} is not a trainer state of this version")
@@ -284,6 +288,6 @@ def _read_progress(path: Path) -> dict[str, Any]:
         if not is_whole or (kind is int and value < 0):
             given = f"{name} is {value!r:.60}" if name in progress else f"{name} is missing"
             raise UserError(f"--resume: {path} is not a whole trainer state: {given}")
-    if not all(isinstance(message, str) for message in progress["broken"]):
-        raise UserError(f"--resume: {path} is not a whole trainer state: broken holds other things than messages")
+    if not all(isinstance(message, str) for message in progress["unreadable"]):
+        raise UserError(f"--resume: {path} is not a whole trainer state: unreadable holds other things than messages")
     return progress

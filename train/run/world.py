@@ -64,13 +64,13 @@ class World:
         """Whether it is true in any process."""
         return self.sum(int(value)) > 0
 
-    def add_up(self, values: Tensor) -> Arrival:
+    def all_reduce(self, values: Tensor) -> Arrival:
         """The sums of float tensors (n,) over all processes; not a number where it is so in one of them."""
         if self.is_distributed:
             dist.all_reduce(values)
         return Arrival(values)
 
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The objects of all processes, by rank, in each of them."""
         if not self.is_distributed:
             return [value]
@@ -78,9 +78,9 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's object, in each of them."""
-        return self.collect(value)[0]
+        return self.all_gather(value)[0]
 
     def wait(self) -> None:
         """Wait until every process is here, so that what the first one wrote is on the disk."""
@@ -90,7 +90,7 @@ class World:
 
 def first_exception(world: World, error: BaseException | None) -> str | None:
     """What went wrong in the first process where something did, or None; all processes must call this."""
-    messages: Sequence[str | None] = world.collect(None if error is None else str(error) or type(error).__name__)
+    messages: Sequence[str | None] = world.all_gather(None if error is None else str(error) or type(error).__name__)
     return next((message for message in messages if message is not None), None)
 
 

@@ -3,7 +3,7 @@
 import timm
 from torch import nn
 
-from ..errors import UserError, first_line
+from ...errors import UserError, first_line
 
 
 def attach_attentive_head(backbone: nn.Module, num_classes: int, num_queries: int) -> nn.Module:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import UserError, find_shortage, first_line
-from .config import TrainConfig
-from .data.transforms import InputSpec
+from ...errors import UserError, find_shortage, first_line
+from ..config import TrainConfig
+from ..data.transforms import InputSpec
 
 
 @torch.no_grad()

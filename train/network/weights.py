@@ -9,11 +9,11 @@ from typing import Any
 from timm.models import get_pretrained_cfg, is_model, is_model_pretrained
 from torch import Tensor, nn
 
-from ..checkpoints import load
-from ..checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
-from ..checkpoints.fit import belongs_to, describe_misfit
-from ..errors import UserError, first_line
-from .run.folder import TRAINER_STATE, find_best
+from ...checkpoints import load
+from ...checkpoints.files import CONFIG_NAME, WEIGHTS_NAME
+from ...checkpoints.fit import belongs_to, describe_misfit
+from ...errors import UserError, first_line
+from ..run.folder import TRAINER_STATE, find_best
 
 
 def locate_weights(weights: str) -> dict[str, Any]:
