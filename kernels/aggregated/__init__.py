@@ -5,9 +5,9 @@ from typing import Optional
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
+from .check import check_aggregated_attention
 from .reference import aggregate, aggregated_attention_scores, aggregated_attention_weights
 
 __all__ = ["aggregate", "aggregated_attention", "aggregated_attention_scores", "aggregated_attention_weights"]
@@ -28,7 +28,7 @@ _OPERATOR = Operator(
     ),
     autocast=("query", "key", "value", "pooled_key", "pooled_value"),
     shared=("local_bias", "pooled_bias"),
-    check=checks.check_aggregated_attention,
+    check=check_aggregated_attention,
     reference=reference.aggregated_attention,
     tiled=tiled,
     fused=f"{__name__}.fused",

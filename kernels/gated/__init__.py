@@ -5,9 +5,9 @@ from typing import Optional
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
+from .check import check_gated_positional_attention
 from .reference import aggregate, gated_positional_attention_scores, gated_positional_attention_weights
 
 __all__ = [
@@ -22,7 +22,7 @@ _OPERATOR = Operator(
     "Tensor query, Tensor key, Tensor value, Tensor position_scores, Tensor gate, float? scale=None",
     differentiable=("query", "key", "value", "position_scores", "gate"),
     shared=("position_scores", "gate"),
-    check=checks.check_gated_positional_attention,
+    check=check_gated_positional_attention,
     reference=reference.gated_positional_attention,
     tiled=tiled,
     keys_per_query=lambda query, *_: prod(query[1:-2]),

@@ -6,8 +6,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..checks import neighborhood_options
 from ..dispatch import statistics_dtype
+from .check import neighborhood_options
 
 
 def neighborhood_attention_scores(

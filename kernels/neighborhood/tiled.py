@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..buffers import Buffer
-from ..checks import neighborhood_options
 from ..dispatch import statistics_dtype
 from ..nonfinite import hide, is_tainted, product_of_seen
+from .check import neighborhood_options
 from .geometry import Run, axis_runs, split
 
 LOG2_E = math.log2(math.e)

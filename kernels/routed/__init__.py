@@ -4,10 +4,10 @@ from typing import Optional
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
+from .check import check_routed_attention
 from .geometry import as_list, count_tokens, in_form_of
 from .reference import aggregate, routed_attention_weights
 
@@ -24,7 +24,7 @@ _OPERATOR = Operator(
     "routed_attention",
     "Tensor query, Tensor key, Tensor value, Tensor routes, float? scale=None",
     differentiable=("query", "key", "value"),
-    check=checks.check_routed_attention,
+    check=check_routed_attention,
     reference=reference.routed_attention,
     tiled=tiled,
     fused=f"{__name__}.fused",
