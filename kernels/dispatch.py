@@ -31,13 +31,15 @@ from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import canonicalize
+from .examples import Examples
 from .transforms import is_transformed, register_autograd, register_vmap
 
 BACKENDS = ("auto", "reference", "tiled", "fused")
 ENVIRONMENT_VARIABLE = "VICINAL_KERNELS"
 
 _LIBRARY = torch.library.Library("vicinal", "FRAGMENT")
-_OPERATORS: dict[str, "Operator"] = {}
+OPERATORS: dict[str, "Operator"] = {}
+"""All operators by name, those on a packed projection among them."""
 _forced: str | None = None
 
 
@@ -148,9 +150,9 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> str:
         ValueError: the operator is unknown, or the arguments are refused by the operator itself.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _OPERATORS:
-        raise ValueError(f"op={name!r} is not an operator of this package; use one of {', '.join(sorted(_OPERATORS))}")
-    return _OPERATORS[name].explain(*args, **kwargs)
+    if name not in OPERATORS:
+        raise ValueError(f"op={name!r} is not an operator of this package; use one of {', '.join(sorted(OPERATORS))}")
+    return OPERATORS[name].explain(*args, **kwargs)
 
 
 class Operator:
@@ -172,6 +174,7 @@ class Operator:
             needs_gradient, *arguments) -> list``: gradients of those differentiable arguments, in order, whose flag in
             needs_gradient is set. Dispatch brings each to the dtype of its argument. Both run below autograd and
             autocast, on non-empty tensors; on the CPU float16 arrives at tiled as float32.
+        examples: calls of the operator, for doctor, benchmarks and tests.
         keys_per_query: ``keys_per_query(*arguments)`` for the flop counts, with shapes in the place of tensors.
         shared: names of the tensor arguments that have no batch axis.
         autocast: names of the tensor arguments that autocast converts.
@@ -188,6 +191,7 @@ class Operator:
         check: Callable[..., None],
         reference: Callable[..., Tensor],
         tiled: ModuleType,
+        examples: Examples,
         keys_per_query: Callable[..., int],
         shared: Sequence[str] = (),
         autocast: Sequence[str] = ("query", "key", "value"),
@@ -198,6 +202,7 @@ class Operator:
         self.reference = reference
         self.tiled = tiled
         self.fused = fused
+        self.examples = examples
         self.keys_per_query = keys_per_query
         _LIBRARY.define(f"{name}({schema}) -> (Tensor, Tensor)")
         _LIBRARY.define(
@@ -212,7 +217,7 @@ class Operator:
         register_vmap(self, _LIBRARY)
         self._register_autocast()
         self._register_flops()
-        _OPERATORS[name] = self
+        OPERATORS[name] = self
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Run on the arguments of the public function, all of them, in the order of the schema."""

@@ -40,6 +40,7 @@ class PackedOperator(Operator):
             check=operator.check,
             reference=operator.reference,
             tiled=operator.tiled,
+            examples=operator.examples.packed(),
             keys_per_query=operator.keys_per_query,
             shared=[operator.names[index] for index in operator.shared],
             autocast=("packed",),

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..dispatch import Operator
 from . import reference, tiled
 from .check import check_gated_positional_attention
+from .examples import EXAMPLES
 from .reference import aggregate, gated_positional_attention_scores, gated_positional_attention_weights
 
 __all__ = [
@@ -25,6 +26,7 @@ _OPERATOR = Operator(
     check=check_gated_positional_attention,
     reference=reference.gated_positional_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     keys_per_query=lambda query, *_: prod(query[1:-2]),
 )
 

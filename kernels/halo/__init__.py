@@ -7,6 +7,7 @@ from torch import Tensor
 from ..dispatch import Operator
 from . import reference, tiled
 from .check import check_halo_attention
+from .examples import EXAMPLES
 from .reference import aggregate, halo_attention_scores, halo_attention_weights
 
 __all__ = ["aggregate", "halo_attention", "halo_attention_scores", "halo_attention_weights"]
@@ -19,6 +20,7 @@ _OPERATOR = Operator(
     check=check_halo_attention,
     reference=reference.halo_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     keys_per_query=lambda query, key, value, block, halo, *_: (block + 2 * halo) ** 2,
     fused=f"{__name__}.fused",
 )

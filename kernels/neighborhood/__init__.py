@@ -11,6 +11,7 @@ from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
 from .check import check_neighborhood_attention
+from .examples import EXAMPLES
 from .reference import aggregate, neighborhood_attention_scores, neighborhood_attention_weights
 
 __all__ = [
@@ -31,6 +32,7 @@ _OPERATOR = Operator(
     check=check_neighborhood_attention,
     reference=reference.neighborhood_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, kernel_size, *_: prod(
         per_axis("kernel_size", kernel_size, len(query) - 3)

@@ -8,6 +8,7 @@ from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
 from .check import check_routed_attention
+from .examples import EXAMPLES
 from .geometry import as_list, count_tokens, in_form_of
 from .reference import aggregate, routed_attention_weights
 
@@ -27,6 +28,7 @@ _OPERATOR = Operator(
     check=check_routed_attention,
     reference=reference.routed_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, routes, *_: routes[-1] * count_tokens(key),
 )

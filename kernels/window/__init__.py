@@ -8,6 +8,7 @@ from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
 from .check import check_window_attention
+from .examples import EXAMPLES
 from .reference import aggregate, window_attention_scores, window_attention_weights
 
 __all__ = [
@@ -27,6 +28,7 @@ _OPERATOR = Operator(
     check=check_window_attention,
     reference=reference.window_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, window_size, *_: window_size[0] * window_size[-1],
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vicinal.kernels import backend, explain, halo_attention, neighborhood_attention, window_attention
+from vicinal.kernels.dispatch import OPERATORS
 
 
 class Mixer(nn.Module):
@@ -58,6 +59,10 @@ class ScriptedNeighborhood(nn.Module):
 @pytest.fixture(params=CALLS.values(), ids=CALLS.keys())
 def call(request: pytest.FixtureRequest) -> Call:
     return request.param
+
+
+def test_every_operator_is_called() -> None:
+    assert {call.function.__name__ for call in CALLS.values()} == set(OPERATORS)
 
 
 def step_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
