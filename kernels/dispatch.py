@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
+from ..torch_internals import FakeTensor, arguments_of_schema, excluding
 from .checks import canonicalize
 from .examples import Examples
 from .transforms import is_transformed, register_autograd, register_vmap
@@ -255,7 +255,7 @@ class Operator:
         return f"{self.name}: tiled\n{unused}" if refusal else f"{self.name}: fused"
 
     def _read_schema(self, differentiable: Sequence[str], shared: Sequence[str], autocast: Sequence[str]) -> None:
-        declared = self.forward_op.default._schema.arguments
+        declared = arguments_of_schema(self.forward_op.default)
         self.names = tuple(argument.name for argument in declared)
         self.kinds = tuple(str(argument.type) for argument in declared)
         self.defaults = tuple(argument.default_value for argument in declared)
@@ -409,15 +409,14 @@ class Operator:
     def _register_autocast(self) -> None:
         for device_type in ("cpu", "cuda"):
             key = f"Autocast{device_type.upper()}"
-            excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-            def forward(*arguments: Any, device_type: str = device_type, excluded: Any = excluded) -> tuple:
-                with torch._C._ExcludeDispatchKeyGuard(excluded):
+            def forward(*arguments: Any, device_type: str = device_type, key: str = key) -> tuple:
+                with excluding(key):
                     return self.forward_op(*self._cast(arguments, device_type))
 
             # Without a rule of its own the backward would run its matrix products in the autocast dtype.
-            def backward(*arguments: Any, excluded: Any = excluded) -> list[Tensor]:
-                with torch._C._ExcludeDispatchKeyGuard(excluded):
+            def backward(*arguments: Any, key: str = key) -> list[Tensor]:
+                with excluding(key):
                     return self.backward_op(*arguments)
 
             _LIBRARY.impl(self.name, forward, key)

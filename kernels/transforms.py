@@ -10,11 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._functorch.eager_transforms import enable_inplace_requires_grad
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import make_dual, unpack_dual
-from torch.autograd.function import Function, _SingleLevelFunction
+from torch.autograd.function import Function
 from torch.nn import Parameter
+
+from ..torch_internals import (
+    DispatchKeySet,
+    OpOverload,
+    SingleLevelFunction,
+    any_requires_grad,
+    are_transforms_active,
+    below_autograd,
+    enable_inplace_requires_grad,
+    enable_single_level_autograd_function,
+    is_forward_mode_open,
+    is_inside_transform,
+    keep_forward_gradients,
+)
 
 if TYPE_CHECKING:
     from .dispatch import Operator
@@ -30,8 +42,7 @@ def has_tangents(values: Sequence[Any]) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
     # Code that is compiled enters forward mode without the count that torch keeps in Python.
     traced = any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    possible = traced or transformed or torch.autograd.forward_ad._current_level >= DUAL_LEVEL
+    possible = traced or is_inside_transform() or is_forward_mode_open(DUAL_LEVEL)
     return possible and any(unpack_dual(tensor, level=DUAL_LEVEL).tangent is not None for tensor in tensors)
 
 
@@ -40,7 +51,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
     A function in C++ that has a first derivative alone gives way to its formula then.
     """
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return True
     return not torch.compiler.is_compiling() and has_tangents(tensors)
 
@@ -64,35 +75,32 @@ def _save_nothing(*_: Any) -> None:
 
 
 def _autograd_kernel(
-    op: torch._ops.OpOverload, setup_context: Callable, differentiate: Callable, by_reference: Callable
+    op: OpOverload, setup_context: Callable, differentiate: Callable, by_reference: Callable
 ) -> Callable:
     """What runs at the autograd key, on each level of ``torch.func`` for itself."""
 
-    def below(keyset: torch._C.DispatchKeySet, arguments: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
         # The levels of torch.func below this one differentiate too, which a Function turns off while it runs.
-        with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-            outputs = tuple(below(keyset, arguments))
+        with torch.enable_grad(), keep_forward_gradients():
+            outputs = tuple(below_autograd(op, keyset, arguments))
         setup_context(ctx, arguments, outputs)
         return outputs
 
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *differentiate(ctx, *gradients))
 
+    name = f"{op.name().partition('::')[2]}_autograd"
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager = type(f"{op._opname}_autograd", (Function,), methods)
+    eager = type(name, (Function,), methods)
     # A Function refuses to run inside torch.func; this base takes the level that it finds itself in.
-    one_level = type(f"{op._opname}_autograd", (_SingleLevelFunction,), methods)
+    one_level = type(name, (SingleLevelFunction,), methods)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    def kernel(keyset: DispatchKeySet, *arguments: Any) -> Any:
         if has_tangents(arguments):
             return by_reference(*arguments)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return below(keyset, arguments)
-        if not torch._C._are_functorch_transforms_active():
+        if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
+            return below_autograd(op, keyset, arguments)
+        if not are_transforms_active():
             return eager.apply(keyset, *arguments)
         with enable_single_level_autograd_function():
             return one_level.apply(keyset, *arguments)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...torch_internals import softmax_backward
 from ..dispatch import statistics_dtype
 from ..nonfinite import is_tainted
 from .reference import inside_map
@@ -347,7 +348,7 @@ class _Gradients:
         if self.need_products:
             products = tiling.multiply(grad, tiling.load(values, strip), pooled_value, strip)
             self._store_products(products, strip)
-            grad_scores = torch.ops.aten._softmax_backward_data(products, weights, -1, weights.dtype)
+            grad_scores = softmax_backward(products, weights)
             if self.need_scores and not self._add_scores(grad_scores, query, key, pooled_key, strip):
                 return False
         if not (self.need_scores or tiling.apart) and is_tainted(weights, grad):

@@ -15,6 +15,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from ...torch_internals import softmax_backward
 from ..buffers import Buffer
 from ..dispatch import statistics_dtype
 from ..nonfinite import hide, is_tainted, product_of_seen
@@ -276,7 +277,7 @@ class _Gradients:
         if self.need_scores:
             box = values.load(piece, "key")
             grad_weights = hide(for_weights.product(grad, box.transpose(1, 2)), hidden, 0.0)
-            grad_scores = hide(softmax_backward(grad_weights, weights, for_grads), hidden, 0.0)
+            grad_scores = hide(softmax_backward(grad_weights, weights, for_grads.take(weights.shape)), hidden, 0.0)
             if not self._add_scores(piece, grad_scores, query, key, hidden, again):
                 return False
         if self.value is not None:
@@ -353,12 +354,6 @@ def softmax_base_2(scores: Tensor) -> tuple[Tensor, Tensor]:
     weights = scores.sub_(largest).exp2_()
     total = weights.sum(-1, keepdim=True)
     return weights.mul_(total.reciprocal()), total.log2_().add_(largest)
-
-
-def softmax_backward(grad_weights: Tensor, weights: Tensor, buffer: Buffer) -> Tensor:
-    """weights * (grad_weights - sum(weights * grad_weights)), the gradient of the scores in base e."""
-    result = buffer.take(weights.shape)
-    return torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=result)
 
 
 def _tile(rank: int, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ...torch_internals import unwrapped
 from ..checks import check_device, check_rank, check_same_kind, check_scale, check_shape
 
 
@@ -33,8 +34,7 @@ def _check_routes_in_range(routes: Tensor, regions: int) -> None:
     """On the CPU: elsewhere reading the values would wait for the device, and while tracing there are none."""
     if routes.device.type != "cpu" or torch.compiler.is_compiling() or get_proxy_mode() or routes.numel() == 0:
         return
-    while torch._C._functorch.is_functorch_wrapped_tensor(routes):  # by vmap, which allows nobody to read a value
-        routes = torch._C._functorch.get_unwrapped(routes)
-    least, largest = (bound.item() for bound in routes.aminmax())
+    # vmap allows nobody to read a value of what it wraps
+    least, largest = (bound.item() for bound in unwrapped(routes).aminmax())
     if least < 0 or largest >= regions:
         raise ValueError(f"routes has entries from {least} to {largest}; they must be from 0 to {regions - 1}, regions")

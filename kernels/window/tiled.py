@@ -15,6 +15,7 @@ from typing import Iterator, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
+from ...torch_internals import attend_on_cpu
 from ..buffers import Buffer
 from ..checks import per_axis
 from ..dispatch import statistics_dtype
@@ -273,9 +274,7 @@ def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, ch
     It takes some NaN for masked keys, and infinities in bfloat16 for numbers: then the scores are stored after all.
     """
     bias = None if score.bias is None else score.bias[None]
-    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=bias, scale=score.scale
-    )
+    output, logsumexp = attend_on_cpu(query, key, value, bias, score.scale)
     # With fewer keys than a vector register holds the logsumexp does not tell of rows that are NaN throughout.
     if is_tainted(logsumexp) or (score.windows.tokens < FEW_KEYS and is_tainted(query, key)):
         return _attend(score, *(tokens.flatten(0, 1) for tokens in (query, key, value)), chunk)
