@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from ...torch_internals import softmax_backward
-from ..buffers import Buffer
 from ..dispatch import statistics_dtype
 from ..nonfinite import hide, is_tainted, product_of_seen
+from ..tiling import LOG2_E, Budget, Buffer, exponentials, ranges, scale_of
 from .check import neighborhood_options
 from .geometry import Run, axis_runs, split
 
-LOG2_E = math.log2(math.e)
-TILE = {1: 32, 2: 7, 3: 4}  # queries of a tile along each axis, by the rank of the map
-COVERED_TILE = 16  # the same where every query sees the whole axis: no score is masked, so larger tiles waste nothing
-SCORES_IN_CACHE = 2**18
-SCORES_ON_DEVICE = 2**25
+TILE = {1: 32, 2: 7, 3: 4}
+"""A tile has so many queries along each axis, by the rank of the map."""
+COVERED_TILE = 16
+"""A tile has so many along an axis that every query sees whole: no score is masked, so larger ones waste nothing."""
+BUDGET = Budget(in_cache=1 << 18, on_device=1 << 25)
+"""The scores of a piece are half as many as elsewhere, since the backward holds three tensors of their size."""
 
 
 class Piece(NamedTuple):
@@ -131,8 +132,8 @@ class _Tiling:
         self.axes = [axis_runs(*axis, _tile(rank, *axis)) for axis in zip(self.spatial, *options, strict=True)]
         self.device = query.device
         self.dtype = statistics_dtype(query.dtype)
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.budget = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
+        self.scale = scale_of(scale, head_dim)
+        self.budget = BUDGET.of(query.device)
         self.has_bias = relative_position_bias is not None
         self.table = self._table(relative_position_bias)
 
@@ -167,8 +168,8 @@ class _Tiling:
         limit = max(1, self.budget // scores)
         images = max(1, limit // math.prod(run.count for run in runs))
         for part in split(runs, limit):
-            for start in range(0, self.batch, images):
-                yield Piece(slice(start, min(start + images, self.batch)), part)
+            for some in ranges(self.batch, images):
+                yield Piece(some, part)
 
     def buffer(self, dtype: Optional[torch.dtype] = None) -> Buffer:
         return Buffer(dtype or self.dtype, self.device)
@@ -184,14 +185,15 @@ class _Tiling:
     def weights(
         self, query: Tensor, key: Tensor, bias: Optional[Tensor], buffer: Buffer, hidden: Optional[Tensor] = None
     ) -> tuple[Tensor, Tensor]:
-        """Softmax weights, and the logarithm to base 2 of their denominators.
+        """Softmax weights, and the lse in base 2.
 
         Args:
             hidden: leaves these pairs out whatever they hold.
         """
         scores = hide(self.scores(query, key, bias, buffer), hidden, -math.inf)
-        weights, normalizer = softmax_base_2(scores)
-        return hide(weights, hidden, 0.0), normalizer  # a row of NaN has them where it sees nothing, too
+        weights, total, lse = exponentials(scores, base_2=True)
+        weights.mul_(total.reciprocal())
+        return hide(weights, hidden, 0.0), lse  # a row of NaN has them where it sees nothing, too
 
     def map(self, tensor: Tensor, dtype: Optional[torch.dtype] = None) -> _Map:
         return _Map(tensor, self.dilation, dtype or self.dtype)
@@ -207,15 +209,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
             tokens = queries.load(piece, "query"), keys.load(piece, "key")
-            weights, normalizer = tiling.weights(*tokens, bias, for_scores)
+            weights, lse = tiling.weights(*tokens, bias, for_scores)
             box = values.load(piece, "key")
             attended = for_output.product(for_weights.cast(weights), box)
             if is_tainted(attended):
                 hidden = tiling.hidden(runs)
-                weights, normalizer = tiling.weights(*tokens, bias, for_scores, hidden)
+                weights, lse = tiling.weights(*tokens, bias, for_scores, hidden)
                 attended = product_of_seen(for_weights.cast(weights), hidden, box)
             outputs.store(piece, attended)
-            logsumexps.store(piece, normalizer.div_(LOG2_E))
+            logsumexps.store(piece, lse.div_(LOG2_E))
     return output, logsumexp.squeeze(-1)
 
 
@@ -293,17 +295,17 @@ class _Gradients:
     ) -> bool:
         """As :meth:`add`, for what comes of the gradient of the scores."""
         scale, pairs = self.tiling.scale, self.buffers[0].cast(grad_scores)
-        of_query = None if self.query is None else self._product(pairs, key, scale, hidden)
+        grad_query = None if self.query is None else self._product(pairs, key, scale, hidden)
         # A NaN of any of the inputs is in the gradient of the queries, the smallest, as it is in that of the scores.
-        if not again and is_tainted(grad_scores if of_query is None else of_query):
+        if not again and is_tainted(grad_scores if grad_query is None else grad_query):
             return False
-        if of_query is not None:
-            self.query.store(piece, of_query)
+        if grad_query is not None:
+            self.query.store(piece, grad_query)
         if self.table is not None:
             self.pairs = self.pairs + grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
         if self.key is not None:
-            of_key = self._product(pairs, query, scale, hidden, by_key=True)
-            self.key.add(piece, self.buffers[3].cast(of_key))
+            grad_key = self._product(pairs, query, scale, hidden, by_key=True)
+            self.key.add(piece, self.buffers[3].cast(grad_key))
         return True
 
     def _product(
@@ -346,14 +348,6 @@ class _Gradients:
     def result(self) -> list[Tensor]:
         maps = (self.query and self.query.tensor, self.key and self.key.to_map(), self.value and self.value.to_map())
         return [gradient for gradient in (*maps, self.table) if gradient is not None]
-
-
-def softmax_base_2(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of scores in base 2, in place, and the logarithm to base 2 of its denominator."""
-    largest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(largest).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    return weights.mul_(total.reciprocal()), total.log2_().add_(largest)
 
 
 def _tile(rank: int, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> int:
