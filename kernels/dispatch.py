@@ -131,8 +131,8 @@ def needs_formula(*tensors: Tensor | None) -> bool:
     return selected_backend() == "reference" or is_transformed(*tensors)
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax statistics and accumulation: float32, and float64 for float64 inputs."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, lse and sums: float32, and float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -346,15 +346,15 @@ class Operator:
             return [tensor.new_zeros(tensor.shape) for tensor in wanted]
         unpacked = self.unpacked(arguments)
         implementation = self._implementation(unpacked)
-        statistics = self._widen(implementation, (grad_output, output, logsumexp))
+        results = self._widen(implementation, (grad_output, output, logsumexp))
         widened = self._widen(implementation, unpacked)
-        gradients = self._run_backward(implementation, statistics, needs_gradient, widened)
+        gradients = self._run_backward(implementation, results, needs_gradient, widened)
         return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, wanted, strict=True)]
 
     def _run_backward(
-        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
+        self, implementation: ModuleType, results: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
     ) -> list[Tensor]:
-        return implementation.backward(*statistics, needs_gradient, *unpacked)
+        return implementation.backward(*results, needs_gradient, *unpacked)
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         # Tensors on the meta device come here too, eagerly; only traced ones have sizes that a check must not read.
@@ -365,7 +365,7 @@ class Operator:
     def _allocate(self, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
         query, _, value, *_ = self.unpacked(arguments)
         output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        return output, query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
+        return output, query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
         _, _, _, needs_gradient, *arguments = arguments

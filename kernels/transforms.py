@@ -31,10 +31,10 @@ from ..torch_internals import (
 if TYPE_CHECKING:
     from .dispatch import Operator
 
-STATISTICS = 4
-"""Arguments of a backward operator before those of its forward: grad_output, output, logsumexp, needs_gradient."""
+LEADING = 4
+"""A backward operator has grad_output, output, logsumexp and needs_gradient before the arguments of its forward."""
 DUAL_LEVEL = 0
-"""The one level that torch has of forward-mode AD; the nested ones of torch.func lie in its wrappers."""
+"""torch has this one level of forward-mode AD; the nested ones of torch.func lie in its wrappers."""
 
 
 def has_tangents(values: Sequence[Any]) -> bool:
@@ -153,8 +153,8 @@ def register_vmap(operator: "Operator", library: torch.library.Library) -> None:
         return run(operator.forward_op, operator.shared, info.batch_size, in_dims, arguments)
 
     def backward(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
-        shared = [STATISTICS + index for index in operator.shared]
-        wanted = zip(operator.differentiable, arguments[STATISTICS - 1], strict=True)
+        shared = [LEADING + index for index in operator.shared]
+        wanted = zip(operator.differentiable, arguments[LEADING - 1], strict=True)
         # The gradient of what all images share is a sum over the batch, of which each mapped call has its own.
         alone = any(needed and index in operator.shared for index, needed in wanted)
         alone = alone or any(in_dims[index] is not None for index in shared if index < len(arguments))

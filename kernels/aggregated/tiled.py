@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...torch_internals import softmax_backward
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..nonfinite import is_tainted
 from ..tiling import Budget, Chunk, chunk_ranges, exponentials, scale_of
 from .reference import inside_map
 
 TILE = 4
-"""Queries of a tile along each axis. A 4x4 tile meets 36 keys for the 9 of a 3x3 window; larger tiles waste more."""
+"""A tile has so many queries along each axis: it meets 36 keys for the 9 of a 3x3 window; larger ones waste more."""
 BUDGET = Budget(in_cache=1 << 18)
-"""The scores of a strip are half as many as elsewhere: besides them the products with whole boxes are held."""
+"""A strip has half as many scores as other operators take, since it holds the band of their weights besides."""
 
 
 class Tiling:
@@ -52,7 +52,7 @@ class Tiling:
         self.box = [tile + window_size - 1 for tile in self.tile]
         self.padded = [count * tile + window_size - 1 for count, tile in zip(self.grid, self.tile, strict=True)]
         self.queries = self.tile[0] * self.tile[1]
-        self.dtype, self.device = statistics_dtype(query.dtype), query.device
+        self.dtype, self.device = accumulation_dtype(query.dtype), query.device
         self.scale = scale_of(scale, head_dim)
         self.local_bias = self.tiles(self._local_bias(local_bias))
         self.pooled_bias = None if pooled_bias is None else self.tiles(self._pooled_bias(pooled_bias))
@@ -139,7 +139,7 @@ class Tiling:
         return tokens.reshape((strip.images.stop - strip.images.start) * self.heads, -1, tokens.shape[-1])
 
     def multiply(self, left: Tensor, box: Tensor, pooled: Tensor, strip: Chunk) -> Tensor:
-        """Products of each query with its neighbours and the pooled tokens, in the dtype of statistics."""
+        """Products of each query with its neighbours and the pooled tokens, in float32 (float64 for float64 inputs)."""
         local = self.take(torch.bmm(left, box.transpose(1, 2)))
         rest = torch.bmm(self.strip_by_head(left, strip), pooled[strip.images].flatten(0, 1).transpose(1, 2))
         return torch.cat([local, rest.view(*local.shape[:2], self.pooled)], -1).to(self.dtype)

@@ -47,7 +47,7 @@ def gated_positional_attention(
             bfloat16, float16 or float64) with any strides, such as views of a packed projection.
         position_scores: (heads, tokens, tokens) of any floating dtype, row by row: how much each query cares for each
             key because of where they lie.
-        gate: (heads,) of any floating dtype; ``g = sigmoid(gate)`` is the share of position in a head.
+        gate: (heads,) of any floating dtype; ``g = sigmoid(gate)`` is how much position counts in a head.
         scale: of the scores of content; None for head_dim**-0.5.
 
     Returns:

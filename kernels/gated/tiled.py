@@ -10,18 +10,18 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..tiling import Budget, exponentials, ranges, scale_of
 
 BUDGET = Budget(on_device=1 << 27)
-"""On a device the scores of a chunk are twice as many as elsewhere, since one image already has tokens**2 of a head."""
+"""On a device the scores of a chunk are twice as many as those of other operators, so that several images fill it."""
 
 
 class Mixture:
     """The two kinds of weights, and how much of the second a head takes."""
 
     def __init__(self, query: Tensor, position_scores: Tensor, gate: Tensor, scale: Optional[float]) -> None:
-        self.dtype = statistics_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.heads, self.tokens = position_scores.shape[:2]
         self.scale = scale_of(scale, query.shape[-1])
         self.gate = gate.to(self.dtype).sigmoid()[:, None, None]
@@ -91,7 +91,7 @@ def backward(
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
     gradients = [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
     grad_mixed = torch.zeros_like(mixture.position)
-    of_content = torch.zeros_like(mixture.gate)  # sum of A dW by head
+    content_sum = torch.zeros_like(mixture.gate)  # sum of A dW by head
     for chunk in mixture.chunks(query):
         inputs = [mixture.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
         content = mixture.scores(*inputs[:2]).softmax(-1)
@@ -101,7 +101,7 @@ def backward(
             grad_mixed.add_(mixture.by_head(grad_weights).sum(0))
         grad_weights.mul_(content)
         rows = grad_weights.sum(-1, keepdim=True)
-        of_content.add_(rows.view(-1, mixture.heads, mixture.tokens, 1).sum((0, 2), keepdim=True)[0])
+        content_sum.add_(rows.view(-1, mixture.heads, mixture.tokens, 1).sum((0, 2), keepdim=True)[0])
         results = (*_score_gradients(mixture, content, grad_weights, rows, inputs, needs_gradient), grad_value)
         for result, gradient in zip(results, gradients, strict=True):
             if gradient is not None:
@@ -111,7 +111,7 @@ def backward(
     if needs_gradient[3]:
         result.append(grad_mixed.sub_(by_position).mul_(mixture.weighted_position))
     if needs_gradient[4]:
-        grad_gate = by_position.sum(1, keepdim=True) - of_content
+        grad_gate = by_position.sum(1, keepdim=True) - content_sum
         result.append((grad_gate * mixture.gate * (1 - mixture.gate)).flatten())
     return result
 

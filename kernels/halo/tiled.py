@@ -10,7 +10,7 @@ from typing import Iterator, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..tiling import Budget, Chunk, chunks, exponentials, grad_scores_of, scale_of
 
 BUDGET = Budget()
@@ -99,12 +99,12 @@ class Scores:
         scale: Optional[float],
     ) -> None:
         self.blocks, self.relative = blocks, relative
-        self.dtype = statistics_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.scale = scale_of(scale, query.shape[-1])
         self.mask_padding = mask_padding and blocks.halo > 0
 
     def __call__(self, query: Tensor, key: Tensor, chunk: Chunk) -> Tensor:
-        """(blocks * heads, queries, keys) in the dtype of statistics."""
+        """(blocks * heads, queries, keys) in float32 (float64 for float64 inputs)."""
         blocks = self.blocks
         scores = torch.bmm(query, key.transpose(1, 2)).to(self.dtype).mul_(self.scale)
         by_cell = scores.view(-1, blocks.queries**2, blocks.window, blocks.window)

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from .check import neighborhood_options
 
 
@@ -25,7 +25,7 @@ def neighborhood_attention_scores(
     The last axis holds the keys of the query's window, row by row; keys that a causal window lacks have -inf.
     Arguments as in :func:`~vicinal.kernels.neighborhood_attention`, options as one element or one per axis.
     """
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index, offset, visible = _neighborhoods(query, kernel_size, stride, dilation, is_causal)
     queries = query.to(dtype).flatten(1, -3)  # (batch, tokens, heads, head_dim)

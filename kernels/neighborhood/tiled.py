@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...torch_internals import softmax_backward
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..nonfinite import hide, is_tainted, product_of_seen
 from ..tiling import LOG2_E, Budget, Buffer, exponentials, ranges, scale_of
 from .check import neighborhood_options
@@ -27,7 +27,7 @@ TILE = {1: 32, 2: 7, 3: 4}
 COVERED_TILE = 16
 """A tile has so many along an axis that every query sees whole: no score is masked, so larger ones waste nothing."""
 BUDGET = Budget(in_cache=1 << 18, on_device=1 << 25)
-"""The scores of a piece are half as many as elsewhere, since the backward holds three tensors of their size."""
+"""A piece has half as many scores as other operators take, since the backward holds three tensors of their size."""
 
 
 class Piece(NamedTuple):
@@ -131,7 +131,7 @@ class _Tiling:
         self.kernel_size, _, self.dilation, _ = options
         self.axes = [axis_runs(*axis, _tile(rank, *axis)) for axis in zip(self.spatial, *options, strict=True)]
         self.device = query.device
-        self.dtype = statistics_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.scale = scale_of(scale, head_dim)
         self.budget = BUDGET.of(query.device)
         self.has_bias = relative_position_bias is not None

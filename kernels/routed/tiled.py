@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..nonfinite import is_tainted
 from ..tiling import Budget, Chunk, chunks, exponentials, grad_scores_of, ranges, scale_of
 from .geometry import as_list, in_form_of
@@ -136,7 +136,7 @@ def _attend(
     regions: GatherPlan, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]
 ) -> tuple[Tensor, Tensor]:
     """:func:`forward` of lists of regions, by a plan."""
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=dtype)
     for chunk in regions.chunks():
@@ -186,7 +186,7 @@ def _differentiate(
     needs_gradient: Sequence[bool],
 ) -> list[Tensor]:
     """:func:`backward` of lists of regions, by a plan."""
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     grad_query = query.new_empty(query.shape) if needs_gradient[0] else None
     grad_key, grad_value = (
         regions.new_gradient(tensor, dtype) if needed else None

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ...torch_internals import attend_on_cpu
 from ..checks import per_axis
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..nonfinite import hide, is_tainted, product_of_seen
 from ..tiling import Budget, Buffer, chunk_ranges, exponentials, grad_scores_of, scale_of
 from .geometry import bias_index
 
 BUDGET = Budget()
 FEW_KEYS = 16
-"""So many numbers of float32 the widest vector register holds: with fewer keys torch's attention hides NaN."""
+"""With fewer keys than the widest vector register has numbers of float32, the lse does not tell of rows of NaN."""
 
 
 class Piece(NamedTuple):
@@ -126,14 +126,14 @@ class Windows:
         return windows.flatten(0, 2).flatten(2, 3)
 
     def _gather(self, tokens: Tensor, windows: Tensor, chunk: Chunk) -> None:
-        for of_map, of_windows in self._pairs(tokens, windows, chunk):
-            of_windows.copy_(of_map)
+        for in_map, in_windows in self._pairs(tokens, windows, chunk):
+            in_windows.copy_(in_map)
 
     def store(self, windows: Tensor, tokens: Tensor, chunk: Chunk) -> None:
         """Write (windows * heads, tokens, channels) or (windows, heads, tokens, channels) back into the map."""
         windows = windows.view(self._shape(chunk, tokens))
-        for of_map, of_windows in self._pairs(tokens, windows, chunk):
-            of_map.copy_(of_windows)
+        for in_map, in_windows in self._pairs(tokens, windows, chunk):
+            in_map.copy_(in_windows)
 
     def _shape(self, chunk: Chunk, tokens: Tensor) -> tuple[int, ...]:
         return (chunk.images, chunk.rows, self.axes[1].count, self.heads, *self.window, tokens.shape[-1])
@@ -181,14 +181,14 @@ class Scores:
 
     def __init__(self, windows: Windows, query: Tensor, table: Optional[Tensor], scale: Optional[float]) -> None:
         self.windows = windows
-        self.dtype = statistics_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.products = Buffer(query.dtype, query.device)
         self.scale = scale_of(scale, windows.head_dim)
         self.bias = windows.bias(table, self.dtype)
         self.masks = windows.masks(query, self.dtype)
 
     def __call__(self, query: Tensor, key: Tensor, chunk: Chunk) -> Tensor:
-        """(windows * heads, tokens, tokens) in the dtype of statistics."""
+        """(windows * heads, tokens, tokens) in float32 (float64 for float64 inputs)."""
         windows = self.windows
         scores = self.products.product(query, key.transpose(1, 2), self.scale).to(self.dtype)
         by_window = scores.view(-1, chunk.rows, windows.axes[1].count, windows.heads, windows.tokens, windows.tokens)
@@ -267,7 +267,6 @@ def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, ch
     """
     bias = None if score.bias is None else score.bias[None]
     output, logsumexp = attend_on_cpu(query, key, value, bias, score.scale)
-    # With fewer keys than a vector register holds the logsumexp does not tell of rows that are NaN throughout.
     if is_tainted(logsumexp) or (score.windows.tokens < FEW_KEYS and is_tainted(query, key)):
         return _attend(score, *(tokens.flatten(0, 1) for tokens in (query, key, value)), chunk)
     return output, logsumexp.contiguous()

@@ -281,7 +281,7 @@ def test_weights_and_aggregate(partition: str, shift: tuple[int, int]) -> None:
 
 
 def test_memory_of_a_shifted_map_does_not_hold_all_scores() -> None:
-    """Scores of the whole batch would take 15 MB here; the output, the statistics and a chunk take less."""
+    """Scores of the whole batch would take 15 MB here; the output, the lse and a chunk take less."""
     query, key, value = random_inputs((4, 56, 56, 3, 8), torch.float32, "packed")
     with torch.profiler.profile(profile_memory=True) as profile:
         window_attention(query, key, value, 7, shift=3)
