@@ -65,9 +65,10 @@ def _in_64_bits(name: str, value: Any) -> Any:
     """A plain int from any kind of them, as torch's operators take no other; symbols pass."""
     if torch.compiler.is_compiling() or not isinstance(value, Integral):
         return value
-    if not -(2**63) <= value < 2**63:
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
         raise ValueError(f"{name}={_shown(value)} does not fit into 64 bits; no map is that large")
-    return int(value)
+    return number
 
 
 def _as_float(name: str, value: Any) -> Any:

@@ -263,12 +263,14 @@ class Operator:
         self.shared = tuple(self.names.index(name) for name in shared)
         self.autocast = tuple(self.names.index(name) for name in autocast)
         self.signature = inspect.Signature(
-            inspect.Parameter(
-                argument.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=argument.default_value if argument.has_default_value() else inspect.Parameter.empty,
-            )
-            for argument in declared
+            [
+                inspect.Parameter(
+                    argument.name,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                    default=argument.default_value if argument.has_default_value() else inspect.Parameter.empty,
+                )
+                for argument in declared
+            ]
         )
 
     def complete(self, arguments: Sequence[Any]) -> tuple:
@@ -279,13 +281,13 @@ class Operator:
         """The output by the reference, of arguments as the operator takes them."""
         device_type = arguments[0].device.type
         if not torch.is_autocast_enabled(device_type):
-            arguments = self.unpacked(arguments)
-            self.check(*arguments)
-            return self.reference(*arguments)
-        arguments = self.unpacked(self._cast(arguments, device_type))
-        self.check(*arguments)
+            unpacked = self.unpacked(arguments)
+            self.check(*unpacked)
+            return self.reference(*unpacked)
+        unpacked = self.unpacked(self._cast(arguments, device_type))
+        self.check(*unpacked)
         with torch.autocast(device_type, enabled=False):
-            return self.reference(*arguments)
+            return self.reference(*unpacked)
 
     @cached_property
     def _kernels(self) -> ModuleType | str:
@@ -305,9 +307,9 @@ class Operator:
         # A graph that holds the operator runs it even under "reference": tiled is the plain PyTorch of the operator.
         if asked in ("tiled", "reference"):
             return self.tiled
-        refusal = self._refuse_fused(unpacked)
-        if refusal is None:
-            return self._kernels
+        kernels, refusal = self._kernels, self._refuse_fused(unpacked)
+        if refusal is None and isinstance(kernels, ModuleType):
+            return kernels
         if asked == "fused":
             raise ValueError(f"backend='fused' cannot run {self.name}: {refusal}; use backend='auto' or 'tiled'")
         return self.tiled
@@ -339,8 +341,8 @@ class Operator:
         return output.to(arguments[0].dtype).contiguous(), logsumexp.contiguous()
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
-        grad_output, output, logsumexp, needs_gradient, *arguments = arguments
-        arguments = self.complete(arguments)
+        grad_output, output, logsumexp, needs_gradient, *given = arguments
+        arguments = self.complete(given)
         wanted = self._wanted(needs_gradient, arguments)
         if grad_output.numel() == 0:
             return [tensor.new_zeros(tensor.shape) for tensor in wanted]
@@ -368,8 +370,8 @@ class Operator:
         return output, query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
-        _, _, _, needs_gradient, *arguments = arguments
-        return [tensor.new_empty(tensor.shape) for tensor in self._wanted(needs_gradient, self.complete(arguments))]
+        _, _, _, needs_gradient, *given = arguments
+        return [tensor.new_empty(tensor.shape) for tensor in self._wanted(needs_gradient, self.complete(given))]
 
     def _wanted(self, needs_gradient: Sequence[bool], arguments: tuple) -> list[Tensor]:
         return [arguments[index] for index, needed in zip(self.differentiable, needs_gradient, strict=True) if needed]
@@ -445,8 +447,8 @@ class Operator:
             return count(arguments, 1, 1)
 
         def backward(*arguments: Any, **_: Any) -> int:
-            _grad_output, _output, _logsumexp, _needs_gradient, *arguments = arguments
-            return count(arguments, 3, 2)
+            _grad_output, _output, _logsumexp, _needs_gradient, *given = arguments
+            return count(given, 3, 2)
 
         register_flop_formula(self.forward_op)(forward)
         register_flop_formula(self.backward_op)(backward)

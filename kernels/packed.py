@@ -59,7 +59,7 @@ class PackedOperator(Operator):
     def _run_backward(
         self, implementation: ModuleType, results: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
     ) -> list[Tensor]:
-        needed = [*needs_gradient[:1] * 3, *needs_gradient[1:]]
+        needed = [*[needs_gradient[0]] * 3, *needs_gradient[1:]]
         inputs = (*results, needed, *unpacked)
         if not needs_gradient[0]:
             return implementation.backward(*inputs)

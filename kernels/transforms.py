@@ -91,9 +91,9 @@ def _autograd_kernel(
 
     name = f"{op.name().partition('::')[2]}_autograd"
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager = type(name, (Function,), methods)
+    eager: Any = type(name, (Function,), methods)  # Any: what type() makes has no methods to a checker
     # A Function refuses to run inside torch.func; this base takes the level that it finds itself in.
-    one_level = type(name, (SingleLevelFunction,), methods)
+    one_level: Any = type(name, (SingleLevelFunction,), methods)
 
     def kernel(keyset: DispatchKeySet, *arguments: Any) -> Any:
         if has_tangents(arguments):
@@ -120,16 +120,16 @@ def _forward_by_reference(operator: "Operator", *arguments: Any) -> tuple[Tensor
 
 def _backward_by_reference(operator: "Operator", *arguments: Any) -> list[Tensor]:
     """The gradients as autograd has them of the reference, so that tangents pass through."""
-    grad_output, _, _, needs_gradient, *arguments = arguments
-    arguments = list(operator.complete(arguments))
+    grad_output, _, _, needs_gradient, *given = arguments
+    filled = list(operator.complete(given))
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         wanted = []
         for index, needed in zip(operator.differentiable, needs_gradient, strict=True):
             if needed:
-                arguments[index] = _variable(arguments[index])
-                wanted.append(arguments[index])
-        output = operator.run_reference(tuple(arguments))
+                filled[index] = _variable(filled[index])
+                wanted.append(filled[index])
+        output = operator.run_reference(tuple(filled))
         gradients = torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph)
     return [gradient.contiguous() for gradient in gradients]
 

@@ -10,6 +10,7 @@ neighbour by neighbour (``apart``), and without the queries that fill up the las
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial, reduce
 from itertools import product
 from math import prod
 from typing import Optional
@@ -61,7 +62,7 @@ class Tiling:
 
     def _local_bias(self, bias: Optional[Tensor]) -> Tensor:
         """(heads or 1, height, width, 1, window_size**2) with -inf outside the map."""
-        outside = ~inside_map(*self.map, self.window, self.device)
+        outside = ~inside_map(self.map[0], self.map[1], self.window, self.device)
         shape = (1 if bias is None else self.heads, *self.map, self.neighbours)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if bias is not None:
@@ -162,9 +163,8 @@ class Tiling:
 
     def _sum_apart(self, weights: Tensor, box: Tensor) -> Tensor:
         """Sums of the neighbours of each query by weights, (tiles, queries, channels)."""
-        parts = self._neighbours(box.unflatten(1, self.box))
-        weights = weights.to(box.dtype).unbind(-1)
-        return sum(near.unsqueeze(-1) * part.flatten(1, 2) for near, part in zip(weights, parts, strict=True))
+        pairs = zip(weights.to(box.dtype).unbind(-1), self._neighbours(box.unflatten(1, self.box)), strict=True)
+        return reduce(torch.add, (near.unsqueeze(-1) * part.flatten(1, 2) for near, part in pairs))
 
     def _neighbours(self, box: Tensor) -> Iterator[Tensor]:
         """For each neighbour those of a tile's queries: views (tiles, *tile, channels) of (tiles, *box, channels)."""
@@ -173,7 +173,7 @@ class Tiling:
 
     def leave_out(self, pairs: Tensor, strip: Chunk) -> Tensor:
         """Set what is no pair of tokens to 0, in place: neighbours outside the map, queries that fill up tiles."""
-        inside = inside_map(*self.map, self.window, self.device).to(self.dtype)[None, :, :, None]
+        inside = inside_map(self.map[0], self.map[1], self.window, self.device).to(self.dtype)[None, :, :, None]
         outside = self._bias(self.tiles(inside), strip) == 0
         by_tile = self.by_tile(pairs, strip)
         by_tile[..., : self.neighbours].masked_fill_(outside, 0.0)
@@ -255,7 +255,7 @@ def backward(
     """
     tiling = Tiling(query, pooled_key, window_size, local_bias, pooled_bias, scale)
     tensors = (query, key, value, pooled_key, pooled_value, local_bias, pooled_bias, value_weights)
-    gradients = _Gradients(tiling, needs_gradient, tensors)
+    gradients = _Gradients(tiling, needs_gradient, tensors, pooled_key.shape)
     queries, keys, values, grads = (
         tiling.tiles(query),
         tiling.boxes(key),
@@ -265,12 +265,12 @@ def backward(
     pooled_keys, pooled_values = (tokens.flatten(1, -3).transpose(1, 2) for tokens in (pooled_key, pooled_value))
     extra = None if value_weights is None else tiling.tiles(value_weights)
     for strip in tiling.strips():
-        inputs = [tiling.load(view, strip) for view in (queries, keys, grads)]
+        tile, box, grad = (tiling.load(view, strip) for view in (queries, keys, grads))
         extra_weights = None if extra is None else tiling.load(extra, strip)
-        inputs += [values, pooled_keys, pooled_values, extra_weights, strip]
-        if not gradients.add(*inputs):
+        add = partial(gradients.add, tile, box, grad, values, pooled_keys, pooled_values, extra_weights, strip)
+        if not add():
             tiling.apart = True
-            gradients.add(*inputs)
+            add()
             tiling.apart = False
     return gradients.result()
 
@@ -278,8 +278,15 @@ def backward(
 class _Gradients:
     """The gradients that are needed, filled strip by strip."""
 
-    def __init__(self, tiling: Tiling, needs_gradient: Sequence[bool], tensors: Sequence[Optional[Tensor]]) -> None:
-        self.tiling = tiling
+    def __init__(
+        self,
+        tiling: Tiling,
+        needs_gradient: Sequence[bool],
+        tensors: Sequence[Optional[Tensor]],
+        pooled_shape: torch.Size,
+    ) -> None:
+        """Args: pooled_shape: of the pooled keys and values."""
+        self.tiling, self.pooled_shape = tiling, pooled_shape
         query, key, value, pooled_key, pooled_value, local_bias, pooled_bias, value_weights = (
             tensor if needed else None for tensor, needed in zip(tensors, needs_gradient, strict=True)
         )
@@ -290,10 +297,9 @@ class _Gradients:
         self.pooled_key, self.pooled_value = (
             None if tensor is None else self._empty_pooled(tensor) for tensor in (pooled_key, pooled_value)
         )
-        self.pooled_shape = tensors[3].shape
         self.local_bias = None if local_bias is None else local_bias.new_zeros(local_bias.shape, dtype=tiling.dtype)
         self.pooled_bias = None if pooled_bias is None else self._empty_pooled_bias()
-        self.pooled_bias_shape = None if pooled_bias is None else pooled_bias.shape
+        self.pooled_bias_shape = torch.Size() if pooled_bias is None else pooled_bias.shape
         self.need_scores = any(needs_gradient[index] for index in (0, 1, 3, 5, 6))
         self.need_products = self.need_scores or needs_gradient[7]
 
@@ -363,7 +369,7 @@ class _Gradients:
             self.local_bias += by_tile[..., : tiling.neighbours].sum((0, 2, 3, 4, 5))
         if self.pooled_bias is not None:
             tiling._bias(self.pooled_bias[0], strip).add_(by_tile[..., tiling.neighbours :].sum(0))
-        if grad_query is not None:
+        if self.query is not None and grad_query is not None:
             tiling.store(grad_query, self.query[0], strip)
         self._add_keys(self.key, self.pooled_key, scaled, query, strip)
         return True
@@ -385,16 +391,15 @@ class _Gradients:
         if self.pooled_bias is not None:
             pooled_bias = self.pooled_bias[1].flatten(1, 3).sum_to_size(self.pooled_bias_shape)
         found = (
-            self.query and self.query[1],
-            self.key and self.key.to_map(),
-            self.value and self.value.to_map(),
+            None if self.query is None else self.query[1],
+            *(None if boxes is None else boxes.to_map() for boxes in (self.key, self.value)),
             *(
                 None if pooled is None else pooled.transpose(1, 2).reshape(self.pooled_shape)
                 for pooled in (self.pooled_key, self.pooled_value)
             ),
             self.local_bias,
             pooled_bias,
-            self.value_weights and self.value_weights[1],
+            None if self.value_weights is None else self.value_weights[1],
         )
         return [gradient for gradient in found if gradient is not None]
 

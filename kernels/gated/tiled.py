@@ -104,16 +104,16 @@ def backward(
         content_sum.add_(rows.view(-1, mixture.heads, mixture.tokens, 1).sum((0, 2), keepdim=True)[0])
         results = (*_score_gradients(mixture, content, grad_weights, rows, inputs, needs_gradient), grad_value)
         for result, gradient in zip(results, gradients, strict=True):
-            if gradient is not None:
+            if result is not None and gradient is not None:
                 mixture.store(result, gradient, chunk)
-    result = [gradient for gradient in gradients if gradient is not None]
+    needed = [gradient for gradient in gradients if gradient is not None]
     by_position = (grad_mixed * mixture.position).sum(-1, keepdim=True)
     if needs_gradient[3]:
-        result.append(grad_mixed.sub_(by_position).mul_(mixture.weighted_position))
+        needed.append(grad_mixed.sub_(by_position).mul_(mixture.weighted_position))
     if needs_gradient[4]:
         grad_gate = by_position.sum(1, keepdim=True) - content_sum
-        result.append((grad_gate * mixture.gate * (1 - mixture.gate)).flatten())
-    return result
+        needed.append((grad_gate * mixture.gate * (1 - mixture.gate)).flatten())
+    return needed
 
 
 def _value_gradient(mixture: Mixture, content: Tensor, grad_output: Tensor) -> Tensor:

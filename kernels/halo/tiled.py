@@ -167,19 +167,18 @@ def backward(
     blocks = Blocks(query, key, block_size, halo_size)
     relative = (relative_height_logits, relative_width_logits)
     score = Scores(blocks, query, relative, mask_padding, scale)
-    gradients = [
-        None if not needed else blocks.new_padded(tensor, score.dtype) if overlaps else torch.empty_like(tensor)
-        for tensor, needed, overlaps in zip(
-            (query, key, value, *relative), needs_gradient, (False, True, True, False, False), strict=True
-        )
-    ]
+    gradients: list[Optional[Tensor]] = [None] * 5
+    for index, tensor in enumerate((query, key, value, *relative)):
+        if needs_gradient[index] and tensor is not None:
+            overlaps = index in (1, 2)
+            gradients[index] = blocks.new_padded(tensor, score.dtype) if overlaps else torch.empty_like(tensor)
     for chunk in blocks.chunks():
         inputs = [blocks.load(query, chunk), *(blocks.load_windows(tokens, chunk) for tokens in (key, value))]
-        weights = score(*inputs[:2], chunk).softmax(-1)
+        weights = score(inputs[0], inputs[1], chunk).softmax(-1)
         inputs.append(blocks.load(grad_output, chunk))
         results = _chunk_gradients(weights, inputs, blocks.window, score.scale, needs_gradient)
         for index, (result, gradient) in enumerate(zip(results, gradients, strict=True)):
-            if gradient is not None:
+            if result is not None and gradient is not None:
                 (blocks.add_windows if index in (1, 2) else blocks.store)(result, gradient, chunk)
     cropped = (blocks.crop(x) if index in (1, 2) and x is not None else x for index, x in enumerate(gradients))
     return [gradient for gradient in cropped if gradient is not None]

@@ -104,8 +104,9 @@ def _neighborhoods(
     index = offset = torch.zeros(1, 1, dtype=torch.long, device=tokens.device)
     visible = torch.ones(1, 1, dtype=torch.bool, device=tokens.device)
     options = neighborhood_options(rank, kernel_size, stride, dilation, is_causal)
-    for size, kernel, *others in zip(tokens.shape[1:-2], *options, strict=True):
-        axis_index, axis_offset, axis_visible = _axis_windows(size, kernel, *others, tokens.device)
+    for axis in zip(tokens.shape[1:-2], *options, strict=True):
+        axis_index, axis_offset, axis_visible = _axis_windows(*axis, tokens.device)
+        size, kernel = axis[:2]
         index = _outer(index * size, axis_index, torch.add)
         offset = _outer(offset * (2 * kernel - 1), axis_offset, torch.add)
         visible = _outer(visible, axis_visible, torch.logical_and)

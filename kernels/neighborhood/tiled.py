@@ -97,7 +97,7 @@ class _KeyGradient(_Map):
         view = self.view(piece, "key")
         tokens = tokens.view(view.shape)
         for firsts in product(*(range(run.reach) for run in piece.runs)):
-            apart = (slice(None),)
+            apart: tuple[slice, ...] = (slice(None),)
             for first, run in zip(firsts, piece.runs, strict=True):
                 apart += (slice(None), slice(first, None, run.reach))
             view[apart].add_(tokens[apart])
@@ -166,7 +166,7 @@ class _Tiling:
     def pieces(self, runs: tuple[Run, ...]) -> Iterator[Piece]:
         scores = self.heads * math.prod(run.queries * run.keys for run in runs)
         limit = max(1, self.budget // scores)
-        images = max(1, limit // math.prod(run.count for run in runs))
+        images = max(1, limit // math.prod(run.all_tiles for run in runs))
         for part in split(runs, limit):
             for some in ranges(self.batch, images):
                 yield Piece(some, part)
@@ -260,7 +260,7 @@ class _Gradients:
         shape = (tiling.heads, *(2 * kernel - 1 for kernel in tiling.kernel_size))
         self.table = query.new_zeros(shape, dtype=torch.float64) if needs_bias else None
         self.need_scores = needs_query or needs_key or needs_bias
-        self.pairs = 0.0
+        self.pairs: Optional[Tensor] = None
 
     def add(
         self,
@@ -299,10 +299,11 @@ class _Gradients:
         # A NaN of any of the inputs is in the gradient of the queries, the smallest, as it is in that of the scores.
         if not again and is_tainted(grad_scores if grad_query is None else grad_query):
             return False
-        if grad_query is not None:
+        if self.query is not None and grad_query is not None:
             self.query.store(piece, grad_query)
         if self.table is not None:
-            self.pairs = self.pairs + grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
+            pairs_of_piece = grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
+            self.pairs = pairs_of_piece if self.pairs is None else self.pairs + pairs_of_piece
         if self.key is not None:
             grad_key = self._product(pairs, query, scale, hidden, by_key=True)
             self.key.add(piece, self.buffers[3].cast(grad_key))
@@ -314,20 +315,22 @@ class _Gradients:
         """scale * pairs @ tokens, or of the pairs transposed if by_key; valid until the next call."""
         _, right, result, _ = self.buffers
         tokens = right.cast(tokens)
-        pairs, hidden = (x.mT if by_key and x is not None else x for x in (pairs, hidden))
+        if by_key:
+            pairs, hidden = pairs.mT, None if hidden is None else hidden.mT
         if hidden is None:
             return result.product(pairs, tokens, scale)
         return product_of_seen(pairs, hidden, tokens).mul_(scale)
 
     def finish_geometry(self, runs: tuple[Run, ...]) -> None:
         """Adds up the (heads, queries, keys) gradient of a geometry's pairs by their offsets, and starts afresh."""
-        if self.table is None:
+        if self.table is None or self.pairs is None:
             return
-        if is_tainted(self.pairs):
-            self._scatter(runs)
+        pairs, self.pairs = self.pairs, None
+        if is_tainted(pairs):
+            self._scatter(self.table, pairs, runs)
             return
         rank = len(runs)
-        pairs = self.pairs.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
+        pairs = pairs.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
         pairs = pairs.permute(0, *(axis + side for axis in range(1, rank + 1) for side in (0, rank)))
         pairs = pairs.reshape(-1, *(run.queries * run.keys for run in runs)).double()
         for run, kernel in zip(runs, self.tiling.kernel_size, strict=True):
@@ -336,18 +339,17 @@ class _Gradients:
             entries = torch.arange(2 * kernel - 1, device=pairs.device)
             pairs = torch.tensordot(pairs, (offsets[:, None] == entries).to(pairs.dtype), dims=([1], [0]))
         self.table += pairs
-        self.pairs = 0.0
 
-    def _scatter(self, runs: tuple[Run, ...]) -> None:
+    def _scatter(self, table: Tensor, pairs: Tensor, runs: tuple[Run, ...]) -> None:
         """The same for pairs that are not all finite: a product would bring them to entries that are not theirs."""
         index, _ = self.tiling.entries(runs)
         seen = index.flatten() < self.tiling.table.shape[1] - 1
-        self.table.flatten(1).index_add_(1, index.flatten()[seen], self.pairs.flatten(1).double()[:, seen])
-        self.pairs = 0.0
+        table.flatten(1).index_add_(1, index.flatten()[seen], pairs.flatten(1).double()[:, seen])
 
     def result(self) -> list[Tensor]:
-        maps = (self.query and self.query.tensor, self.key and self.key.to_map(), self.value and self.value.to_map())
-        return [gradient for gradient in (*maps, self.table) if gradient is not None]
+        query = None if self.query is None else self.query.tensor
+        key, value = (None if x is None else x.to_map() for x in (self.key, self.value))
+        return [gradient for gradient in (query, key, value, self.table) if gradient is not None]
 
 
 def _tile(rank: int, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> int:

@@ -166,10 +166,11 @@ class Windows:
         shape = (*self.window, *self.window)
         rows = vertical.tears(like.device)[:, None, :, None] if vertical.shift else None
         columns = horizontal.tears(like.device)[None, :, None, :] if horizontal.shift else None
-        return tuple(
+        last_row, last_column = (
             None if torn is None else _minus_infinity(torn.expand(shape).reshape(self.tokens, self.tokens), dtype)
             for torn in (rows, columns)
         )
+        return last_row, last_column
 
 
 def _minus_infinity(where: Tensor, dtype: torch.dtype) -> Tensor:
@@ -268,7 +269,8 @@ def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, ch
     bias = None if score.bias is None else score.bias[None]
     output, logsumexp = attend_on_cpu(query, key, value, bias, score.scale)
     if is_tainted(logsumexp) or (score.windows.tokens < FEW_KEYS and is_tainted(query, key)):
-        return _attend(score, *(tokens.flatten(0, 1) for tokens in (query, key, value)), chunk)
+        query, key, value = (tokens.flatten(0, 1) for tokens in (query, key, value))
+        return _attend(score, query, key, value, chunk)
     return output, logsumexp.contiguous()
 
 
@@ -295,28 +297,30 @@ def backward(
     windows = Windows(query, window_size, partition, shift)
     score = Scores(windows, query, relative_position_bias, scale)
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
-    gradients = into or [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
+    gradients: Sequence[Optional[Tensor]] = into or [
+        tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted
+    ]
     grad_bias = query.new_zeros((windows.heads, windows.tokens, windows.tokens), dtype=score.dtype)
     buffers = [Buffer(query.dtype, query.device) for _ in range(8)]
     for chunk in windows.chunks():
         loaded = zip((query, key, value, grad_output), buffers[:4], strict=True)
         inputs = [windows.load(tokens, chunk, buffer) for tokens, buffer in loaded]
         # Not exp(scores - logsumexp): that would carry over the rounding of a large logsumexp, for the same time.
-        weights = score(*inputs[:2], chunk).softmax(-1)
+        weights = score(inputs[0], inputs[1], chunk).softmax(-1)
         grad_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:])
         if any(windows.shifts) and _are_tainted(grad_scores, *results):
             hidden = score.hidden(chunk)
-            weights = hide(hide(score(*inputs[:2], chunk), hidden, float("-inf")).softmax(-1), hidden, 0.0)
+            weights = hide(hide(score(inputs[0], inputs[1], chunk), hidden, float("-inf")).softmax(-1), hidden, 0.0)
             grad_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:], hidden)
-        if needs_gradient[3]:
+        if needs_gradient[3] and grad_scores is not None:
             grad_bias.add_(grad_scores.view(-1, *grad_bias.shape).sum(0))
         for result, gradient in zip(results, gradients, strict=True):
-            if gradient is not None:
+            if result is not None and gradient is not None:
                 windows.store(result, gradient, chunk)
-    result = [gradient for gradient in gradients if gradient is not None]
-    if needs_gradient[3]:
-        result.append(_to_table(grad_bias, relative_position_bias, windows.window))
-    return result
+    needed = [gradient for gradient in gradients if gradient is not None]
+    if relative_position_bias is not None and needs_gradient[3]:
+        needed.append(_to_table(grad_bias, relative_position_bias, windows.window))
+    return needed
 
 
 def _are_tainted(
