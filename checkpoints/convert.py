@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from math import isqrt
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .files import unwrap
 from .keys import Layout
@@ -81,8 +82,8 @@ def _is_counter(key: str) -> bool:
     return key.endswith(".num_batches_tracked")
 
 
-def _build_on_meta(name: str, model_args: Mapping[str, object]) -> nn.Module:
-    """The named model of ours without memory for its weights."""
+def _build_on_meta(name: str, model_args: Mapping[str, Any]) -> Any:
+    """The named model of ours, a Backbone of the zoo, without memory for its weights."""
     from timm import create_model
     from timm.models import is_model
 

@@ -1,35 +1,18 @@
 """``vicinal doctor``: what is installed, which devices there are, and which backend each operator takes on them."""
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from torch import Tensor
 
 from ..command import refuse_options
-from ..kernels import (
-    aggregated_attention,
-    explain,
-    gated_positional_attention,
-    halo_attention,
-    neighborhood_attention,
-    routed_attention,
-    window_attention,
-)
+from ..kernels.dispatch import OPERATORS
+from ..kernels.packed import PackedOperator
 
 PACKAGES = ("vicinal", "torch", "triton", "timm", "torchvision")
 DTYPES = (torch.float32, torch.bfloat16)
-TYPICAL_CALLS: dict[Callable, Callable[[Callable[..., Tensor]], tuple]] = {
-    window_attention: lambda tokens: (*[tokens(1, 56, 56, 3, 32)] * 3, 7),
-    neighborhood_attention: lambda tokens: (*[tokens(1, 56, 56, 2, 32)] * 3, 7),
-    halo_attention: lambda tokens: (*[tokens(1, 64, 64, 4, 16)] * 3, 8, 3),
-    aggregated_attention: lambda tokens: (*[tokens(1, 56, 56, 3, 24)] * 3, *[tokens(1, 49, 3, 24)] * 2),
-    routed_attention: lambda tokens: (*[tokens(1, 49, 64, 2, 32)] * 3, tokens(1, 49, 1).long()),
-    gated_positional_attention: lambda tokens: (*[tokens(1, 196, 4, 48)] * 3, tokens(4, 196, 196), tokens(4)),
-}
-"""Arguments of each operator, made of tensors of zeros of a given shape: first stages of the families that use it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,15 +30,14 @@ def report() -> Iterator[str]:
         yield f"{name} {installed_version(name)}"
     for device in devices():
         yield f"\n{device}: {describe(device)}"
-        for operator, arguments in TYPICAL_CALLS.items():
+        for operator in OPERATORS.values():
+            if isinstance(operator, PackedOperator):  # its backend is that of the operator
+                continue
             for dtype in DTYPES:
-                lines = explain(operator, *arguments(partial(_zeros, dtype, device))).splitlines()
+                arguments = operator.examples.typical.make(dtype, partial(torch.zeros, device=device))
+                lines = operator.explain(*arguments).splitlines()
                 yield f"  {lines[0]} ({str(dtype).removeprefix('torch.')})"
                 yield from (f"    {line}" for line in lines[1:])
-
-
-def _zeros(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def installed_version(name: str) -> str:

@@ -26,18 +26,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
+from ..torch_internals import FakeTensor, arguments_of_schema, excluding
 from .checks import canonicalize
+from .examples import Examples
 from .transforms import is_transformed, register_autograd, register_vmap
 
 BACKENDS = ("auto", "reference", "tiled", "fused")
 ENVIRONMENT_VARIABLE = "VICINAL_KERNELS"
 
 _LIBRARY = torch.library.Library("vicinal", "FRAGMENT")
-_OPERATORS: dict[str, "Operator"] = {}
+OPERATORS: dict[str, "Operator"] = {}
+"""All operators by name, those on a packed projection among them."""
 _forced: str | None = None
 
 
@@ -129,8 +131,8 @@ def needs_formula(*tensors: Tensor | None) -> bool:
     return selected_backend() == "reference" or is_transformed(*tensors)
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax statistics and accumulation: float32, and float64 for float64 inputs."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, lse and sums: float32, and float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -148,9 +150,9 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> str:
         ValueError: the operator is unknown, or the arguments are refused by the operator itself.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _OPERATORS:
-        raise ValueError(f"op={name!r} is not an operator of this package; use one of {', '.join(sorted(_OPERATORS))}")
-    return _OPERATORS[name].explain(*args, **kwargs)
+    if name not in OPERATORS:
+        raise ValueError(f"op={name!r} is not an operator of this package; use one of {', '.join(sorted(OPERATORS))}")
+    return OPERATORS[name].explain(*args, **kwargs)
 
 
 class Operator:
@@ -172,6 +174,7 @@ class Operator:
             needs_gradient, *arguments) -> list``: gradients of those differentiable arguments, in order, whose flag in
             needs_gradient is set. Dispatch brings each to the dtype of its argument. Both run below autograd and
             autocast, on non-empty tensors; on the CPU float16 arrives at tiled as float32.
+        examples: calls of the operator, for doctor, benchmarks and tests.
         keys_per_query: ``keys_per_query(*arguments)`` for the flop counts, with shapes in the place of tensors.
         shared: names of the tensor arguments that have no batch axis.
         autocast: names of the tensor arguments that autocast converts.
@@ -188,6 +191,7 @@ class Operator:
         check: Callable[..., None],
         reference: Callable[..., Tensor],
         tiled: ModuleType,
+        examples: Examples,
         keys_per_query: Callable[..., int],
         shared: Sequence[str] = (),
         autocast: Sequence[str] = ("query", "key", "value"),
@@ -198,6 +202,7 @@ class Operator:
         self.reference = reference
         self.tiled = tiled
         self.fused = fused
+        self.examples = examples
         self.keys_per_query = keys_per_query
         _LIBRARY.define(f"{name}({schema}) -> (Tensor, Tensor)")
         _LIBRARY.define(
@@ -212,7 +217,7 @@ class Operator:
         register_vmap(self, _LIBRARY)
         self._register_autocast()
         self._register_flops()
-        _OPERATORS[name] = self
+        OPERATORS[name] = self
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Run on the arguments of the public function, all of them, in the order of the schema."""
@@ -250,7 +255,7 @@ class Operator:
         return f"{self.name}: tiled\n{unused}" if refusal else f"{self.name}: fused"
 
     def _read_schema(self, differentiable: Sequence[str], shared: Sequence[str], autocast: Sequence[str]) -> None:
-        declared = self.forward_op.default._schema.arguments
+        declared = arguments_of_schema(self.forward_op.default)
         self.names = tuple(argument.name for argument in declared)
         self.kinds = tuple(str(argument.type) for argument in declared)
         self.defaults = tuple(argument.default_value for argument in declared)
@@ -258,12 +263,14 @@ class Operator:
         self.shared = tuple(self.names.index(name) for name in shared)
         self.autocast = tuple(self.names.index(name) for name in autocast)
         self.signature = inspect.Signature(
-            inspect.Parameter(
-                argument.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=argument.default_value if argument.has_default_value() else inspect.Parameter.empty,
-            )
-            for argument in declared
+            [
+                inspect.Parameter(
+                    argument.name,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                    default=argument.default_value if argument.has_default_value() else inspect.Parameter.empty,
+                )
+                for argument in declared
+            ]
         )
 
     def complete(self, arguments: Sequence[Any]) -> tuple:
@@ -274,13 +281,13 @@ class Operator:
         """The output by the reference, of arguments as the operator takes them."""
         device_type = arguments[0].device.type
         if not torch.is_autocast_enabled(device_type):
-            arguments = self.unpacked(arguments)
-            self.check(*arguments)
-            return self.reference(*arguments)
-        arguments = self.unpacked(self._cast(arguments, device_type))
-        self.check(*arguments)
+            unpacked = self.unpacked(arguments)
+            self.check(*unpacked)
+            return self.reference(*unpacked)
+        unpacked = self.unpacked(self._cast(arguments, device_type))
+        self.check(*unpacked)
         with torch.autocast(device_type, enabled=False):
-            return self.reference(*arguments)
+            return self.reference(*unpacked)
 
     @cached_property
     def _kernels(self) -> ModuleType | str:
@@ -300,9 +307,9 @@ class Operator:
         # A graph that holds the operator runs it even under "reference": tiled is the plain PyTorch of the operator.
         if asked in ("tiled", "reference"):
             return self.tiled
-        refusal = self._refuse_fused(unpacked)
-        if refusal is None:
-            return self._kernels
+        kernels, refusal = self._kernels, self._refuse_fused(unpacked)
+        if refusal is None and isinstance(kernels, ModuleType):
+            return kernels
         if asked == "fused":
             raise ValueError(f"backend='fused' cannot run {self.name}: {refusal}; use backend='auto' or 'tiled'")
         return self.tiled
@@ -334,22 +341,22 @@ class Operator:
         return output.to(arguments[0].dtype).contiguous(), logsumexp.contiguous()
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
-        grad_output, output, logsumexp, needs_gradient, *arguments = arguments
-        arguments = self.complete(arguments)
+        grad_output, output, logsumexp, needs_gradient, *given = arguments
+        arguments = self.complete(given)
         wanted = self._wanted(needs_gradient, arguments)
         if grad_output.numel() == 0:
             return [tensor.new_zeros(tensor.shape) for tensor in wanted]
         unpacked = self.unpacked(arguments)
         implementation = self._implementation(unpacked)
-        statistics = self._widen(implementation, (grad_output, output, logsumexp))
+        results = self._widen(implementation, (grad_output, output, logsumexp))
         widened = self._widen(implementation, unpacked)
-        gradients = self._run_backward(implementation, statistics, needs_gradient, widened)
+        gradients = self._run_backward(implementation, results, needs_gradient, widened)
         return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, wanted, strict=True)]
 
     def _run_backward(
-        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
+        self, implementation: ModuleType, results: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
     ) -> list[Tensor]:
-        return implementation.backward(*statistics, needs_gradient, *unpacked)
+        return implementation.backward(*results, needs_gradient, *unpacked)
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         # Tensors on the meta device come here too, eagerly; only traced ones have sizes that a check must not read.
@@ -360,11 +367,11 @@ class Operator:
     def _allocate(self, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
         query, _, value, *_ = self.unpacked(arguments)
         output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        return output, query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
+        return output, query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
-        _, _, _, needs_gradient, *arguments = arguments
-        return [tensor.new_empty(tensor.shape) for tensor in self._wanted(needs_gradient, self.complete(arguments))]
+        _, _, _, needs_gradient, *given = arguments
+        return [tensor.new_empty(tensor.shape) for tensor in self._wanted(needs_gradient, self.complete(given))]
 
     def _wanted(self, needs_gradient: Sequence[bool], arguments: tuple) -> list[Tensor]:
         return [arguments[index] for index, needed in zip(self.differentiable, needs_gradient, strict=True) if needed]
@@ -404,15 +411,14 @@ class Operator:
     def _register_autocast(self) -> None:
         for device_type in ("cpu", "cuda"):
             key = f"Autocast{device_type.upper()}"
-            excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-            def forward(*arguments: Any, device_type: str = device_type, excluded: Any = excluded) -> tuple:
-                with torch._C._ExcludeDispatchKeyGuard(excluded):
+            def forward(*arguments: Any, device_type: str = device_type, key: str = key) -> tuple:
+                with excluding(key):
                     return self.forward_op(*self._cast(arguments, device_type))
 
             # Without a rule of its own the backward would run its matrix products in the autocast dtype.
-            def backward(*arguments: Any, excluded: Any = excluded) -> list[Tensor]:
-                with torch._C._ExcludeDispatchKeyGuard(excluded):
+            def backward(*arguments: Any, key: str = key) -> list[Tensor]:
+                with excluding(key):
                     return self.backward_op(*arguments)
 
             _LIBRARY.impl(self.name, forward, key)
@@ -441,8 +447,8 @@ class Operator:
             return count(arguments, 1, 1)
 
         def backward(*arguments: Any, **_: Any) -> int:
-            _grad_output, _output, _logsumexp, _needs_gradient, *arguments = arguments
-            return count(arguments, 3, 2)
+            _grad_output, _output, _logsumexp, _needs_gradient, *given = arguments
+            return count(given, 3, 2)
 
         register_flop_formula(self.forward_op)(forward)
         register_flop_formula(self.backward_op)(backward)

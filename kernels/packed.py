@@ -40,6 +40,7 @@ class PackedOperator(Operator):
             check=operator.check,
             reference=operator.reference,
             tiled=operator.tiled,
+            examples=operator.examples.packed(),
             keys_per_query=operator.keys_per_query,
             shared=[operator.names[index] for index in operator.shared],
             autocast=("packed",),
@@ -56,10 +57,10 @@ class PackedOperator(Operator):
         return (torch.Size([*shape[:AXIS], *shape[AXIS + 1 :]]),) * 3 + tuple(options)
 
     def _run_backward(
-        self, implementation: ModuleType, statistics: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
+        self, implementation: ModuleType, results: Sequence[Tensor], needs_gradient: Sequence[bool], unpacked: tuple
     ) -> list[Tensor]:
-        needed = [*needs_gradient[:1] * 3, *needs_gradient[1:]]
-        inputs = (*statistics, needed, *unpacked)
+        needed = [*[needs_gradient[0]] * 3, *needs_gradient[1:]]
+        inputs = (*results, needed, *unpacked)
         if not needs_gradient[0]:
             return implementation.backward(*inputs)
         if not _takes_space(implementation):

@@ -10,19 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._functorch.eager_transforms import enable_inplace_requires_grad
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import make_dual, unpack_dual
-from torch.autograd.function import Function, _SingleLevelFunction
+from torch.autograd.function import Function
 from torch.nn import Parameter
+
+from ..torch_internals import (
+    DispatchKeySet,
+    OpOverload,
+    SingleLevelFunction,
+    any_requires_grad,
+    are_transforms_active,
+    below_autograd,
+    enable_inplace_requires_grad,
+    enable_single_level_autograd_function,
+    is_forward_mode_open,
+    is_inside_transform,
+    keep_forward_gradients,
+)
 
 if TYPE_CHECKING:
     from .dispatch import Operator
 
-STATISTICS = 4
-"""Arguments of a backward operator before those of its forward: grad_output, output, logsumexp, needs_gradient."""
+LEADING = 4
+"""A backward operator has grad_output, output, logsumexp and needs_gradient before the arguments of its forward."""
 DUAL_LEVEL = 0
-"""The one level that torch has of forward-mode AD; the nested ones of torch.func lie in its wrappers."""
+"""torch has this one level of forward-mode AD; the nested ones of torch.func lie in its wrappers."""
 
 
 def has_tangents(values: Sequence[Any]) -> bool:
@@ -30,8 +42,7 @@ def has_tangents(values: Sequence[Any]) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
     # Code that is compiled enters forward mode without the count that torch keeps in Python.
     traced = any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    possible = traced or transformed or torch.autograd.forward_ad._current_level >= DUAL_LEVEL
+    possible = traced or is_inside_transform() or is_forward_mode_open(DUAL_LEVEL)
     return possible and any(unpack_dual(tensor, level=DUAL_LEVEL).tangent is not None for tensor in tensors)
 
 
@@ -40,7 +51,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
     A function in C++ that has a first derivative alone gives way to its formula then.
     """
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return True
     return not torch.compiler.is_compiling() and has_tangents(tensors)
 
@@ -64,35 +75,32 @@ def _save_nothing(*_: Any) -> None:
 
 
 def _autograd_kernel(
-    op: torch._ops.OpOverload, setup_context: Callable, differentiate: Callable, by_reference: Callable
+    op: OpOverload, setup_context: Callable, differentiate: Callable, by_reference: Callable
 ) -> Callable:
     """What runs at the autograd key, on each level of ``torch.func`` for itself."""
 
-    def below(keyset: torch._C.DispatchKeySet, arguments: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
         # The levels of torch.func below this one differentiate too, which a Function turns off while it runs.
-        with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-            outputs = tuple(below(keyset, arguments))
+        with torch.enable_grad(), keep_forward_gradients():
+            outputs = tuple(below_autograd(op, keyset, arguments))
         setup_context(ctx, arguments, outputs)
         return outputs
 
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *differentiate(ctx, *gradients))
 
+    name = f"{op.name().partition('::')[2]}_autograd"
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager = type(f"{op._opname}_autograd", (Function,), methods)
+    eager: Any = type(name, (Function,), methods)  # Any: what type() makes has no methods to a checker
     # A Function refuses to run inside torch.func; this base takes the level that it finds itself in.
-    one_level = type(f"{op._opname}_autograd", (_SingleLevelFunction,), methods)
+    one_level: Any = type(name, (SingleLevelFunction,), methods)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    def kernel(keyset: DispatchKeySet, *arguments: Any) -> Any:
         if has_tangents(arguments):
             return by_reference(*arguments)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return below(keyset, arguments)
-        if not torch._C._are_functorch_transforms_active():
+        if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
+            return below_autograd(op, keyset, arguments)
+        if not are_transforms_active():
             return eager.apply(keyset, *arguments)
         with enable_single_level_autograd_function():
             return one_level.apply(keyset, *arguments)
@@ -112,16 +120,16 @@ def _forward_by_reference(operator: "Operator", *arguments: Any) -> tuple[Tensor
 
 def _backward_by_reference(operator: "Operator", *arguments: Any) -> list[Tensor]:
     """The gradients as autograd has them of the reference, so that tangents pass through."""
-    grad_output, _, _, needs_gradient, *arguments = arguments
-    arguments = list(operator.complete(arguments))
+    grad_output, _, _, needs_gradient, *given = arguments
+    filled = list(operator.complete(given))
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         wanted = []
         for index, needed in zip(operator.differentiable, needs_gradient, strict=True):
             if needed:
-                arguments[index] = _variable(arguments[index])
-                wanted.append(arguments[index])
-        output = operator.run_reference(tuple(arguments))
+                filled[index] = _variable(filled[index])
+                wanted.append(filled[index])
+        output = operator.run_reference(tuple(filled))
         gradients = torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph)
     return [gradient.contiguous() for gradient in gradients]
 
@@ -145,8 +153,8 @@ def register_vmap(operator: "Operator", library: torch.library.Library) -> None:
         return run(operator.forward_op, operator.shared, info.batch_size, in_dims, arguments)
 
     def backward(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
-        shared = [STATISTICS + index for index in operator.shared]
-        wanted = zip(operator.differentiable, arguments[STATISTICS - 1], strict=True)
+        shared = [LEADING + index for index in operator.shared]
+        wanted = zip(operator.differentiable, arguments[LEADING - 1], strict=True)
         # The gradient of what all images share is a sum over the batch, of which each mapped call has its own.
         alone = any(needed and index in operator.shared for index, needed in wanted)
         alone = alone or any(in_dims[index] is not None for index in shared if index < len(arguments))

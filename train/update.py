@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..torch_internals import BatchNorm, copy_all
 from .build import autocast
 from .config import TrainConfig
 from .data.transforms import Preprocess
@@ -54,7 +54,7 @@ class NormStatistics:
     """
 
     def __init__(self, model: nn.Module):
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
         self.buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
         self.kept = [buffer.clone() for buffer in self.buffers]
 
@@ -62,13 +62,13 @@ class NormStatistics:
     def keep(self) -> None:
         """Note them as they are now."""
         if self.buffers:
-            torch._foreach_copy_(self.kept, self.buffers)
+            copy_all(self.kept, self.buffers)
 
     @torch.no_grad()
     def give_back(self) -> None:
         """Set them as they were noted."""
         if self.buffers:
-            torch._foreach_copy_(self.buffers, self.kept)
+            copy_all(self.buffers, self.kept)
 
 
 class Updater:

@@ -4,11 +4,13 @@ Each class below is one of timm's with the one method overridden that computes t
 modules into these classes in place, so that parameters, buffers, names, hooks and ``set_input_size`` are untouched.
 """
 
+import inspect
 import re
 from dataclasses import dataclass
 from math import isqrt
 from typing import Callable, Mapping, Optional, Sequence, Tuple
 
+import timm
 import torch
 from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp, register_notrace_function, register_notrace_module
 from timm.layers.halo_attn import HaloAttn
@@ -51,12 +53,15 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     Raises:
         ValueError: there is no attention that the operators compute; names what there is, and what is known.
+        RuntimeError: this timm does not call the method that would be overridden. Nothing is changed then.
     """
     known: dict[str, nn.Module] = {}
     left: dict[str, str] = {}
     _survey(model, "", known, left)
     if not known:
         raise ValueError(_refusal(model, left))
+    for kind in {type(module) for module in known.values()} & set(REPLACEMENTS):
+        _check_override(kind, REPLACEMENTS[kind].overrides)
     changed = {}
     for name, module in known.items():
         if type(module) in REPLACEMENTS:
@@ -78,6 +83,22 @@ def _survey(module: nn.Module, name: str, known: dict[str, nn.Module], left: dic
         left[name] = type(module).__name__
 
 
+def _check_override(kind: type[nn.Module], method: str) -> None:
+    """Refuse a class of timm's whose forward does not lead to the method: timm's computation would run on, unseen."""
+    called, waiting = set(), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        function = getattr(kind, name, None)
+        if name not in called and inspect.isfunction(function):
+            called.add(name)
+            waiting += inspect.unwrap(function).__code__.co_names
+    if method not in called:
+        raise RuntimeError(
+            f"{kind.__module__}.{kind.__name__} of timm {timm.__version__} does not compute its attention by "
+            f"{method}(), which accelerate() replaces; install a version of timm that vicinal declares"
+        )
+
+
 _ATTENTION = re.compile("Attn|Attention|MHSA|GPSA|LambdaLayer")
 
 
@@ -95,10 +116,12 @@ class Accelerated:
 
     Attributes:
         operator: of :mod:`vicinal.kernels` that computes the attention.
+        overrides: method of timm's class that computes it there.
         legacy_onnx: see :class:`vicinal.zoo.backbone.Backbone`.
     """
 
     operator: str
+    overrides: str = "forward"
     legacy_onnx: str = "one size"
 
     def check_export(self) -> None:
@@ -118,6 +141,7 @@ class SwinTransformerBlock(Accelerated, swin_transformer.SwinTransformerBlock):
     """Windows, shifted ones too. timm adds -100 where tokens of a window must not see each other; here it is -inf."""
 
     operator = "window_attention"
+    overrides = "_attn"
 
     @staticmethod
     def accepts(module: swin_transformer.SwinTransformerBlock) -> bool:
@@ -145,6 +169,7 @@ class PartitionAttentionCl(Accelerated, maxxvit.PartitionAttentionCl):
     """Windows or a grid of a map (B, H, W, C)."""
 
     operator = "window_attention"
+    overrides = "_partition_attn"
 
     @staticmethod
     def accepts(module: maxxvit.PartitionAttentionCl) -> bool:
@@ -161,6 +186,7 @@ class PartitionAttention2d(Accelerated, maxxvit.PartitionAttention2d):
     """Windows or a grid of a map (B, C, H, W)."""
 
     operator = "window_attention"
+    overrides = "_partition_attn"
 
     @staticmethod
     def accepts(module: maxxvit.PartitionAttention2d) -> bool:
@@ -177,6 +203,7 @@ class ParallelPartitionAttention(Accelerated, maxxvit.ParallelPartitionAttention
     """Windows and a grid of a map (B, H, W, C), side by side."""
 
     operator = "window_attention"
+    overrides = "_partition_attn"
 
     @staticmethod
     def accepts(module: maxxvit.ParallelPartitionAttention) -> bool:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import launch
+from ...kernels.dispatch import OPERATORS
+from ...kernels.packed import PackedOperator
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Case:
     """One call whose forward and backward are compiled.
 
     Attributes:
-        operator: a key of ARGUMENTS.
+        operator: name of an operator with examples to compile.
         window: side of a window or a region, size of a kernel, or side of a block with a halo of half of it.
         rank: spatial axes of the map.
     """
@@ -147,17 +149,11 @@ class Case:
     rank: int = 2
 
 
-CASES = (
-    Case("window_attention", 7),
-    Case("window_attention", 4),
-    Case("window_attention", 14),
-    Case("neighborhood_attention", 7),
-    Case("neighborhood_attention", 13, rank=1),
-    Case("neighborhood_attention", 3, rank=3),
-    Case("halo_attention", 8),
-    Case("aggregated_attention", 3),
-    Case("routed_attention", 8),
-    Case("routed_attention", 2),
+CASES = tuple(
+    Case(operator.name, *case)
+    for operator in OPERATORS.values()
+    if not isinstance(operator, PackedOperator)
+    for case in operator.examples.compiled
 )
 HEAD_DIMS = (32, 64)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -188,70 +184,16 @@ def run_case(case: Case, head_dim: int, dtype: torch.dtype, backward: bool, repe
 
 def _calls(case: Case, head_dim: int, dtype: torch.dtype, device: str) -> tuple[Callable, Callable]:
     """A forward, and a backward that takes what the forward returns."""
-    module = import_module(f"...kernels.{case.operator.removesuffix('_attention')}.fused", __package__)
-    with torch.device(device):
-        arguments = ARGUMENTS[case.operator](case, head_dim, dtype)
+    operator = OPERATORS[case.operator]
+    module = import_module(operator.fused)
+    example = operator.examples.compile(case.window, case.rank, head_dim)
+    arguments = example.make(dtype, partial(torch.zeros, device=device))
     gradients = [True for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
 
     def backward(output: Tensor, logsumexp: Tensor) -> None:
         module.backward(torch.zeros_like(output), output, logsumexp, gradients, *arguments)
 
     return partial(module.forward, *arguments), backward
-
-
-def _packed(case: Case, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Query, key and value of a map, as views of a packed projection."""
-    extent = {1: 4096, 2: 8 * case.window, 3: 16}[case.rank]
-    return torch.zeros((8, *(extent,) * case.rank, 3, 4, head_dim), dtype=dtype).unbind(-3)
-
-
-def _table(case: Case) -> Tensor:
-    return torch.zeros(4, *(2 * case.window - 1,) * case.rank)
-
-
-def _window(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
-    options = ([case.window], "block", [case.window // 2], _table(case), None)
-    return *_packed(case, head_dim, dtype), *options
-
-
-def _neighborhood(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
-    options = ([case.window], [1], [2], [False], _table(case), None)
-    return *_packed(case, head_dim, dtype), *options
-
-
-def _halo(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
-    query, key, value = _packed(case, head_dim, dtype)
-    halo = (case.window - 1) // 2
-    logits = [torch.zeros(*query.shape[:-1], case.window + 2 * halo, dtype=dtype) for _ in range(2)]
-    return query, key, value, case.window, halo, *logits, False, None
-
-
-def _aggregated(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
-    """49 pooled tokens, all biases and value weights."""
-    query, key, value = _packed(case, head_dim, dtype)
-    pooled = torch.zeros(8, 49, 2, 4, head_dim, dtype=dtype).unbind(2)
-    biases = (
-        torch.zeros(4, case.window**2),
-        torch.zeros(4, query[0, :, :, 0, 0].numel(), 49),
-    )
-    weights = torch.zeros(*query.shape[:-1], case.window**2, dtype=dtype)
-    return query, key, value, *pooled, case.window, *biases, weights, 1.0
-
-
-def _routed(case: Case, head_dim: int, dtype: torch.dtype) -> tuple:
-    """A map of 7 x 7 regions of window x window tokens, each routed to four."""
-    tokens = torch.zeros(8, 7, case.window, 7, case.window, 3, 4, head_dim, dtype=dtype).unbind(-3)
-    return *tokens, torch.arange(4).expand(8, 49, 4), None
-
-
-ARGUMENTS = {
-    "window_attention": _window,
-    "neighborhood_attention": _neighborhood,
-    "halo_attention": _halo,
-    "aggregated_attention": _aggregated,
-    "routed_attention": _routed,
-}
-"""Of a call of each operator: functions of case, head_dim and dtype."""
 
 
 HEADER = """# What the Triton kernels take of a multiprocessor

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...command import check_fields, parse_options
 from ...errors import UserError, nearest
 from ...kernels import backend
-from ...kernels.dispatch import BACKENDS
+from ...kernels.dispatch import BACKENDS, OPERATORS
 from .measure import Ceilings, check_table, kernel_times, measure_ceilings, peak_bytes, report, tracked
-from .ops_cases import SHAPES, Problem, make_problem
+from .ops_cases import EAGER, Problem, make_problem
 
 DTYPES = ("float32", "bfloat16")
 STEPS = ("forward", "backward", "forward+backward")
@@ -25,14 +25,7 @@ IMPLEMENTATIONS = (*(name for name in BACKENDS if name != "auto"), "eager", "fle
 class BenchOptions:
     """Measure the operators: process CPU time, or time on a GPU, and peak memory of the tensors that a call makes."""
 
-    op: Literal[
-        "all",
-        "neighborhood_attention",
-        "window_attention",
-        "halo_attention",
-        "aggregated_attention",
-        "routed_attention",
-    ] = "all"
+    op: Literal[("all", *EAGER)] = "all"
     """Operator to measure, with every bias it takes."""
     dtype: Literal["all", "float32", "bfloat16"] = "all"
     """Of query, key and value."""
@@ -94,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(options: BenchOptions) -> list[Row]:
     """The rows of the table."""
-    operators = SHAPES if options.op == "all" else [options.op]
+    operators = EAGER if options.op == "all" else [options.op]
     dtypes = DTYPES if options.dtype == "all" else [options.dtype]
     ceilings = {dtype: measure_ceilings(getattr(torch, dtype), options.device) for dtype in dtypes}
     cases = [(op, shape, dtype) for op in operators for shape in shapes_of(op, options.shapes) for dtype in dtypes]
@@ -103,7 +96,8 @@ def measure(options: BenchOptions) -> list[Row]:
 
 def shapes_of(op: str, name: str) -> list[tuple[int, ...]]:
     """Shapes of an operator by the name of their set."""
-    return SHAPES[op]["gpu"][:1] if name == "gpu-first" else SHAPES[op][name]
+    shapes = OPERATORS[op].examples.shapes
+    return list(shapes["gpu"][:1] if name == "gpu-first" else shapes[name])
 
 
 def _measure_case(

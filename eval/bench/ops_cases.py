@@ -9,54 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ...kernels import (
-    aggregated_attention,
-    backend,
-    halo_attention,
-    neighborhood_attention_packed,
-    routed_attention_packed,
-    window_attention_packed,
-)
-
-KERNEL_SIZE = 7
-BLOCK_SIZE, HALO_SIZE = 8, 3
-POOLED = 49
-
-# (batch, height, width, heads, head_dim); routed attention: (batch, regions, tokens, heads, head_dim, routes).
-SHAPES = {
-    "neighborhood_attention": {
-        "gpu": [
-            (128, 56, 56, 2, 32),
-            (128, 28, 28, 4, 32),
-            (128, 14, 14, 8, 32),
-            (128, 7, 7, 16, 32),
-            (2, 200, 304, 2, 32),
-        ],
-        "full": [(8, 56, 56, 2, 32), (8, 28, 28, 4, 32), (8, 14, 14, 8, 32), (8, 7, 7, 16, 32), (1, 112, 112, 2, 32)],
-        "small": [(2, 14, 14, 2, 16), (1, 28, 28, 2, 16)],
-    },
-    "window_attention": {
-        "gpu": [(128, 56, 56, 3, 32), (128, 28, 28, 6, 32), (128, 14, 14, 12, 32), (128, 7, 7, 24, 32)],
-        "full": [(8, 56, 56, 3, 32), (8, 28, 28, 6, 32), (8, 14, 14, 12, 32), (1, 112, 112, 3, 32)],
-        "small": [(2, 14, 14, 2, 16), (1, 28, 28, 2, 16)],
-    },
-    "halo_attention": {
-        "gpu": [(128, 64, 64, 8, 16), (128, 32, 32, 8, 16), (128, 16, 16, 8, 16)],
-        "full": [(8, 64, 64, 4, 16), (8, 32, 32, 8, 16), (8, 16, 16, 8, 16)],
-        "small": [(1, 16, 16, 2, 16)],
-    },
-    "aggregated_attention": {
-        "gpu": [(128, 56, 56, 3, 24), (128, 28, 28, 6, 24), (128, 14, 14, 12, 24)],
-        "full": [(8, 56, 56, 3, 24), (8, 28, 28, 6, 24), (8, 14, 14, 12, 24)],
-        "small": [(1, 14, 14, 2, 24)],
-    },
-    "routed_attention": {
-        "gpu": [(128, 49, 64, 2, 32, 1), (128, 49, 16, 4, 32, 4), (128, 49, 4, 8, 32, 16)],
-        "full": [(8, 49, 64, 2, 32, 1), (8, 49, 16, 4, 32, 4), (8, 49, 4, 8, 32, 16)],
-        "small": [(1, 9, 4, 2, 16, 4)],
-    },
-}
-"""Stages of NAT-Mini, Swin-T, HaloNet, TransNeXt-Tiny and BiFormer: gpu with a batch of 128 at 224 pixels."""
+from ...kernels import backend
+from ...kernels.dispatch import OPERATORS
+from ...kernels.halo.examples import BLOCK_SIZE, HALO_SIZE
+from ...kernels.neighborhood.examples import KERNEL_SIZE
+from ...kernels.window.examples import WINDOW_SIZE
 
 
 @dataclass(frozen=True)
@@ -64,7 +21,8 @@ class Problem:
     """One call, ready to run.
 
     Attributes:
-        leaves: tensors that are differentiated, first a packed projection (batch, *map, 3, heads, head_dim).
+        leaves: tensors that are differentiated, those of one projection packed; first (batch, *map, 3, heads,
+            head_dim).
         grad_output: gradient of the output.
         implementations: functions of the leaves by name; all compute the same.
         keys: of each query.
@@ -101,66 +59,25 @@ def make_problem(
     """
     generator = torch.Generator(device).manual_seed(0)
 
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype).requires_grad_()
+    def randn(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    batch, height, width, heads, head_dim = shape[:5]
-    packed = randn(batch, height, width, 3, heads, head_dim)
-    grad_output = randn(*shape[:5]).detach()
-    table = torch.zeros(heads, *[2 * KERNEL_SIZE - 1] * 2, device=device).normal_(generator=generator).requires_grad_()
-    if op in ("window_attention", "neighborhood_attention"):
-        ours, eager, mask = (
-            (_window, partition_windows, _window_mask)
-            if op == "window_attention"
-            else (_neighborhood, gather_neighborhoods, _neighborhood_mask)
-        )
-        implementations = {**_ours(ours), "eager": eager}
-        if flex:
-            implementations["flex"] = partial(flex_over_map, mask, torch.compile(flex_attention, dynamic=False))
-        return Problem((packed, table) if bias else (packed,), grad_output, implementations, KERNEL_SIZE**2)
-    if op == "halo_attention":
-        side = BLOCK_SIZE + 2 * HALO_SIZE
-        logits = [randn(batch, height, width, heads, side) for _ in range(2)]
-        return Problem((packed, *logits), grad_output, {**_ours(_halo), "eager": gather_halos}, side**2)
-    if op == "aggregated_attention":
-        pooled = randn(batch, POOLED, 2, heads, head_dim)
-        biases = [randn(heads, 9), randn(heads, height * width, POOLED)]
-        return Problem(
-            (packed, pooled, *biases), grad_output, {**_ours(_aggregated), "eager": unfold_pooled}, 9 + POOLED
-        )
-    noise = torch.rand(batch, height, height, generator=generator, device=device)
-    routes = noise.argsort(-1)[..., : shape[5]]
-    ours = _ours(partial(_routed, routes))
-    return Problem((packed,), grad_output, {**ours, "eager": partial(gather_regions, routes)}, shape[5] * width)
+    operator = OPERATORS.get(f"{op}_packed", OPERATORS[op])
+    example = operator.examples.stage(*shape, **({} if bias or op not in FLEX_MASKS else {"bias": False}))
+    made = example.leaves(dtype, randn)
+    leaves = {name: tensor.requires_grad_() for name, tensor in made.items() if tensor.is_floating_point()}
+    fixed = {name: tensor for name, tensor in made.items() if name not in leaves}
 
+    def run(chosen: str, *tensors: Tensor) -> Tensor:
+        with backend(chosen):
+            return operator(*example.bind({**fixed, **dict(zip(leaves, tensors, strict=True))}))
 
-def _ours(call: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
-    def run(name: str, *leaves: Tensor) -> Tensor:
-        with backend(name):
-            return call(*leaves)
-
-    return {name: partial(run, name) for name in ("tiled", "fused", "reference")}
-
-
-def _neighborhood(packed: Tensor, table: Tensor | None = None) -> Tensor:
-    return neighborhood_attention_packed(packed, KERNEL_SIZE, relative_position_bias=table)
-
-
-def _window(packed: Tensor, table: Tensor | None = None) -> Tensor:
-    return window_attention_packed(packed, KERNEL_SIZE, shift=KERNEL_SIZE // 2, relative_position_bias=table)
-
-
-def _halo(packed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    logits = {"relative_height_logits": rows, "relative_width_logits": columns}
-    return halo_attention(*packed.unbind(3), BLOCK_SIZE, HALO_SIZE, **logits)
-
-
-def _aggregated(packed: Tensor, pooled: Tensor, local_bias: Tensor, pooled_bias: Tensor) -> Tensor:
-    return aggregated_attention(*packed.unbind(3), *pooled.unbind(2), local_bias=local_bias, pooled_bias=pooled_bias)
-
-
-def _routed(routes: Tensor, packed: Tensor) -> Tensor:
-    return routed_attention_packed(packed, routes)
+    implementations = {name: partial(run, name) for name in ("tiled", "fused", "reference")}
+    implementations["eager"] = partial(EAGER[op], *fixed.values())
+    if flex and op in FLEX_MASKS:
+        implementations["flex"] = partial(flex_over_map, FLEX_MASKS[op], torch.compile(flex_attention, dynamic=False))
+    keys = operator.keys_per_query(*operator.unpacked(example.shapes))
+    return Problem(list(leaves.values()), randn(shape[:5], dtype), implementations, keys)
 
 
 def flex_over_map(mask: Callable, attend: Callable, packed: Tensor, table: Tensor | None = None) -> Tensor:
@@ -174,9 +91,9 @@ def flex_over_map(mask: Callable, attend: Callable, packed: Tensor, table: Tenso
     block_mask = _block_mask(mask, height, width, packed.device)
 
     def score(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        down = key // width - query // width + KERNEL_SIZE - 1
-        across = key % width - query % width + KERNEL_SIZE - 1
-        last = 2 * KERNEL_SIZE - 2
+        last = table.shape[-1] - 1
+        down = key // width - query // width + last // 2
+        across = key % width - query % width + last // 2
         return score + table[head, down.clamp(0, last), across.clamp(0, last)]
 
     query, key, value = packed.flatten(1, 2).permute(2, 0, 3, 1, 4)  # (batch, heads, tokens, head_dim)
@@ -203,7 +120,7 @@ def _neighborhood_mask(height: int, width: int) -> Callable:
 def _window_mask(height: int, width: int) -> Callable:
     def axis(query: Tensor, key: Tensor, size: int, shift: int) -> Tensor:
         # tokens above the shift form the last window of the cyclic shift, torn from those at the other end
-        return (query - shift + KERNEL_SIZE) // KERNEL_SIZE == (key - shift + KERNEL_SIZE) // KERNEL_SIZE
+        return (query - shift + WINDOW_SIZE) // WINDOW_SIZE == (key - shift + WINDOW_SIZE) // WINDOW_SIZE
 
     down, right = _shifts(height, width)
 
@@ -289,7 +206,7 @@ def _axis_index(size: int) -> Tensor:
 def partition_windows(packed: Tensor, table: Tensor | None = None) -> Tensor:
     """Shifted window attention as Swin implementations write it: roll, partition, SDPA with a mask, and back."""
     batch, height, width, _, heads, head_dim = packed.shape
-    size, shifts = KERNEL_SIZE, _shifts(height, width)
+    size, shifts = WINDOW_SIZE, _shifts(height, width)
     offset, mask = _window_index(height, width, packed.device)
     rolled = packed.roll([-shift for shift in shifts], (1, 2)).unflatten(2, (-1, size)).unflatten(1, (-1, size))
     windows = rolled.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, size * size, head_dim)
@@ -302,13 +219,13 @@ def partition_windows(packed: Tensor, table: Tensor | None = None) -> Tensor:
 
 
 def _shifts(height: int, width: int) -> tuple[int, int]:
-    return tuple(KERNEL_SIZE // 2 if size > KERNEL_SIZE else 0 for size in (height, width))
+    return tuple(WINDOW_SIZE // 2 if size > WINDOW_SIZE else 0 for size in (height, width))
 
 
 @lru_cache(maxsize=32)
 def _window_index(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Entries of the flattened bias table, (49, 49), and the mask of the shifted map, (windows, 1, 49, 49)."""
-    size, (down, right) = KERNEL_SIZE, _shifts(height, width)
+    size, (down, right) = WINDOW_SIZE, _shifts(height, width)
     position = torch.arange(size)
     distance = position[None, :] - position[:, None] + size - 1
     offset = distance[:, None, :, None] * (2 * size - 1) + distance[None, :, None, :]
@@ -319,3 +236,15 @@ def _window_index(height: int, width: int, device: torch.device) -> tuple[Tensor
     torn = windows.transpose(1, 2) != windows
     mask = torch.zeros(torn.shape).masked_fill(torn, float("-inf"))
     return offset.reshape(size * size, size * size).to(device), mask[:, None].to(device)
+
+
+EAGER: dict[str, Callable[..., Tensor]] = {
+    "neighborhood_attention": gather_neighborhoods,
+    "window_attention": partition_windows,
+    "halo_attention": gather_halos,
+    "aggregated_attention": unfold_pooled,
+    "routed_attention": gather_regions,
+}
+"""What one would write in the place of each operator; only these are measured."""
+FLEX_MASKS = {"window_attention": _window_mask, "neighborhood_attention": _neighborhood_mask}
+"""What torch's flex_attention can express."""

@@ -5,9 +5,10 @@ from typing import Optional
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
+from .check import check_aggregated_attention
+from .examples import EXAMPLES
 from .reference import aggregate, aggregated_attention_scores, aggregated_attention_weights
 
 __all__ = ["aggregate", "aggregated_attention", "aggregated_attention_scores", "aggregated_attention_weights"]
@@ -28,9 +29,10 @@ _OPERATOR = Operator(
     ),
     autocast=("query", "key", "value", "pooled_key", "pooled_value"),
     shared=("local_bias", "pooled_bias"),
-    check=checks.check_aggregated_attention,
+    check=check_aggregated_attention,
     reference=reference.aggregated_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, pooled_key, pooled_value, window_size, *_: (
         window_size**2 + prod(pooled_key[1:-2])

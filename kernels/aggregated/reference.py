@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 
 
 def aggregated_attention_scores(
@@ -23,7 +23,7 @@ def aggregated_attention_scores(
     Neighbours come first, row by row, those outside the map with -inf; then the pooled tokens. Arguments as in
     :func:`~vicinal.kernels.aggregated_attention`.
     """
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     queries = query.to(dtype) * (query.shape[-1] ** -0.5 if scale is None else scale)
     local = torch.einsum("byxhd,byxhkd->byxhk", queries, _neighbours(key.to(dtype), window_size))
     if local_bias is not None:

@@ -10,29 +10,25 @@ neighbour by neighbour (``apart``), and without the queries that fill up the las
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial, reduce
 from itertools import product
 from math import prod
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import statistics_dtype
+from ...torch_internals import softmax_backward
+from ..dispatch import accumulation_dtype
 from ..nonfinite import is_tainted
+from ..tiling import Budget, Chunk, chunk_ranges, exponentials, scale_of
 from .reference import inside_map
 
 TILE = 4
-"""Queries of a tile along each axis. A 4x4 tile meets 36 keys for the 9 of a 3x3 window; larger tiles waste more."""
-SCORES_IN_CACHE = 1 << 18
-SCORES_ON_DEVICE = 1 << 26
-
-
-class Strip(NamedTuple):
-    """Some images and some rows of tiles, which are processed together."""
-
-    images: slice
-    rows: slice
+"""A tile has so many queries along each axis: it meets 36 keys for the 9 of a 3x3 window; larger ones waste more."""
+BUDGET = Budget(in_cache=1 << 18)
+"""A strip has half as many scores as other operators take, since it holds the band of their weights besides."""
 
 
 class Tiling:
@@ -57,8 +53,8 @@ class Tiling:
         self.box = [tile + window_size - 1 for tile in self.tile]
         self.padded = [count * tile + window_size - 1 for count, tile in zip(self.grid, self.tile, strict=True)]
         self.queries = self.tile[0] * self.tile[1]
-        self.dtype, self.device = statistics_dtype(query.dtype), query.device
-        self.scale = head_dim**-0.5 if scale is None else scale
+        self.dtype, self.device = accumulation_dtype(query.dtype), query.device
+        self.scale = scale_of(scale, head_dim)
         self.local_bias = self.tiles(self._local_bias(local_bias))
         self.pooled_bias = None if pooled_bias is None else self.tiles(self._pooled_bias(pooled_bias))
         self.band = query.new_empty(0)
@@ -66,7 +62,7 @@ class Tiling:
 
     def _local_bias(self, bias: Optional[Tensor]) -> Tensor:
         """(heads or 1, height, width, 1, window_size**2) with -inf outside the map."""
-        outside = ~inside_map(*self.map, self.window, self.device)
+        outside = ~inside_map(self.map[0], self.map[1], self.window, self.device)
         shape = (1 if bias is None else self.heads, *self.map, self.neighbours)
         result = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if bias is not None:
@@ -78,18 +74,12 @@ class Tiling:
         full = bias.to(self.dtype).expand(self.heads, self.map[0] * self.map[1], self.pooled)
         return full.unflatten(1, self.map).unsqueeze(3)
 
-    def strips(self) -> Iterator[Strip]:
-        """Whole images while they fit, else rows of tiles."""
-        limit = SCORES_IN_CACHE if self.device.type == "cpu" else SCORES_ON_DEVICE
+    def strips(self) -> Iterator[Chunk]:
+        """Some rows of tiles of some images, those of one row after the other: they have their bias in common."""
         keys = self.box[0] * self.box[1] + self.neighbours + self.pooled
         row_scores = self.heads * self.grid[1] * self.queries * keys
-        images = max(1, limit // (self.grid[0] * row_scores))
-        rows = max(1, limit // row_scores)
-        for row, image in product(range(0, self.grid[0], rows), range(0, self.batch, images)):
-            yield Strip(
-                slice(image, min(image + images, self.batch)),
-                slice(row, min(row + rows, self.grid[0])),
-            )
+        of_images, of_rows = chunk_ranges(self.batch, self.grid[0], row_scores, BUDGET.of(self.device))
+        return (Chunk(images, rows) for rows in of_rows for images in of_images)
 
     def tiles(self, tokens: Tensor) -> Tensor:
         """(batch, rows, columns, heads, channels, *tile): a view where the map divides into tiles, else padded."""
@@ -116,12 +106,12 @@ class Tiling:
         whole = like.new_empty((like.shape[0], *padded, *like.shape[3:]), dtype=dtype)
         return self._unfold(whole, self.tile), whole[:, : self.map[0], : self.map[1]]
 
-    def load(self, view: Tensor, strip: Strip) -> Tensor:
+    def load(self, view: Tensor, strip: Chunk) -> Tensor:
         """(tiles, tokens of a tile or box, channels) of a strip, contiguous."""
         tokens = view[strip.images, strip.rows].permute(0, 3, 1, 2, 5, 6, 4)
         return tokens.reshape(-1, tokens.shape[4] * tokens.shape[5], tokens.shape[6])
 
-    def store(self, tokens: Tensor, view: Tensor, strip: Strip) -> None:
+    def store(self, tokens: Tensor, view: Tensor, strip: Chunk) -> None:
         """The inverse of :meth:`load`."""
         into = view[strip.images, strip.rows].permute(0, 3, 1, 2, 5, 6, 4)
         into.copy_(tokens.view(into.shape))
@@ -145,17 +135,17 @@ class Tiling:
         strides = (self.queries * keys, self.tile[1] * keys + width, keys + 1, width, 1)
         return products.as_strided((products.shape[0], *self.tile, self.window, self.window), strides)
 
-    def strip_by_head(self, tokens: Tensor, strip: Strip) -> Tensor:
+    def strip_by_head(self, tokens: Tensor, strip: Chunk) -> Tensor:
         """(images * heads, tokens of the strip, channels) from (tiles, tokens of a tile, channels)."""
         return tokens.reshape((strip.images.stop - strip.images.start) * self.heads, -1, tokens.shape[-1])
 
-    def multiply(self, left: Tensor, box: Tensor, pooled: Tensor, strip: Strip) -> Tensor:
-        """Products of each query with its neighbours and the pooled tokens, in the dtype of statistics."""
+    def multiply(self, left: Tensor, box: Tensor, pooled: Tensor, strip: Chunk) -> Tensor:
+        """Products of each query with its neighbours and the pooled tokens, in float32 (float64 for float64 inputs)."""
         local = self.take(torch.bmm(left, box.transpose(1, 2)))
         rest = torch.bmm(self.strip_by_head(left, strip), pooled[strip.images].flatten(0, 1).transpose(1, 2))
         return torch.cat([local, rest.view(*local.shape[:2], self.pooled)], -1).to(self.dtype)
 
-    def combine(self, weights: Tensor, box: Tensor, pooled: Tensor, strip: Strip) -> Tensor:
+    def combine(self, weights: Tensor, box: Tensor, pooled: Tensor, strip: Chunk) -> Tensor:
         """Sums of neighbours and pooled tokens by weights, (tiles, queries, channels)."""
         near = weights[..., : self.neighbours]
         local = self._sum_apart(near, box) if self.apart else torch.bmm(self.put(near, box.dtype), box)
@@ -173,42 +163,39 @@ class Tiling:
 
     def _sum_apart(self, weights: Tensor, box: Tensor) -> Tensor:
         """Sums of the neighbours of each query by weights, (tiles, queries, channels)."""
-        parts = self._neighbours(box.unflatten(1, self.box))
-        weights = weights.to(box.dtype).unbind(-1)
-        return sum(near.unsqueeze(-1) * part.flatten(1, 2) for near, part in zip(weights, parts, strict=True))
+        pairs = zip(weights.to(box.dtype).unbind(-1), self._neighbours(box.unflatten(1, self.box)), strict=True)
+        return reduce(torch.add, (near.unsqueeze(-1) * part.flatten(1, 2) for near, part in pairs))
 
     def _neighbours(self, box: Tensor) -> Iterator[Tensor]:
         """For each neighbour those of a tile's queries: views (tiles, *tile, channels) of (tiles, *box, channels)."""
         for row, column in product(range(self.window), repeat=2):
             yield box[:, row : row + self.tile[0], column : column + self.tile[1]]
 
-    def leave_out(self, pairs: Tensor, strip: Strip) -> Tensor:
+    def leave_out(self, pairs: Tensor, strip: Chunk) -> Tensor:
         """Set what is no pair of tokens to 0, in place: neighbours outside the map, queries that fill up tiles."""
-        inside = inside_map(*self.map, self.window, self.device).to(self.dtype)[None, :, :, None]
+        inside = inside_map(self.map[0], self.map[1], self.window, self.device).to(self.dtype)[None, :, :, None]
         outside = self._bias(self.tiles(inside), strip) == 0
         by_tile = self.by_tile(pairs, strip)
         by_tile[..., : self.neighbours].masked_fill_(outside, 0.0)
         by_tile[..., self.neighbours :].masked_fill_(outside[..., self.neighbours // 2, None], 0.0)
         return pairs
 
-    def weights(self, query: Tensor, key_box: Tensor, pooled_key: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
+    def weights(self, query: Tensor, key_box: Tensor, pooled_key: Tensor, strip: Chunk) -> tuple[Tensor, Tensor]:
         """Softmax weights (tiles, queries, window_size**2 + pooled) and logsumexp (tiles, queries, 1)."""
         scores = self.multiply(query, key_box, pooled_key, strip).mul_(self.scale)
         by_tile = self.by_tile(scores, strip)
         by_tile[..., : self.neighbours].add_(self._bias(self.local_bias, strip))
         if self.pooled_bias is not None:
             by_tile[..., self.neighbours :].add_(self._bias(self.pooled_bias, strip))
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        return weights.div_(total), total.log_().add_(largest)
+        weights, total, lse = exponentials(scores)
+        return weights.div_(total), lse
 
-    def by_tile(self, tokens: Tensor, strip: Strip) -> Tensor:
+    def by_tile(self, tokens: Tensor, strip: Chunk) -> Tensor:
         """(images, heads, rows, columns, *tile, channels) from (tiles, tokens of a tile, channels)."""
         shape = (-1, self.heads, strip.rows.stop - strip.rows.start, self.grid[1], *self.tile, tokens.shape[-1])
         return tokens.view(shape)
 
-    def _bias(self, bias: Tensor, strip: Strip) -> Tensor:
+    def _bias(self, bias: Tensor, strip: Chunk) -> Tensor:
         """The strip of a bias whose heads stand in the place of the batch, (heads or 1, rows, columns, *tile, keys)."""
         return bias[:, strip.rows].squeeze(3).permute(0, 1, 2, 4, 5, 3)
 
@@ -231,9 +218,9 @@ def forward(
     pooled_keys, pooled_values = (tokens.flatten(1, -3).transpose(1, 2) for tokens in (pooled_key, pooled_value))
     extra = None if value_weights is None else tiling.tiles(value_weights)
     outputs, output = tiling.empty(query)
-    normalizers, logsumexp = tiling.empty(query[..., :1], tiling.dtype)
+    lses, logsumexp = tiling.empty(query[..., :1], tiling.dtype)
     for strip in tiling.strips():
-        weights, normalizer = tiling.weights(tiling.load(queries, strip), tiling.load(keys, strip), pooled_keys, strip)
+        weights, lse = tiling.weights(tiling.load(queries, strip), tiling.load(keys, strip), pooled_keys, strip)
         if extra is not None:
             weights[..., : tiling.neighbours].add_(tiling.load(extra, strip))
         box = tiling.load(values, strip)
@@ -243,7 +230,7 @@ def forward(
             combined = tiling.combine(weights, box, pooled_values, strip)
             tiling.apart = False
         tiling.store(combined, outputs, strip)
-        tiling.store(normalizer, normalizers, strip)
+        tiling.store(lse, lses, strip)
     return output, logsumexp.squeeze(-1)
 
 
@@ -268,7 +255,7 @@ def backward(
     """
     tiling = Tiling(query, pooled_key, window_size, local_bias, pooled_bias, scale)
     tensors = (query, key, value, pooled_key, pooled_value, local_bias, pooled_bias, value_weights)
-    gradients = _Gradients(tiling, needs_gradient, tensors)
+    gradients = _Gradients(tiling, needs_gradient, tensors, pooled_key.shape)
     queries, keys, values, grads = (
         tiling.tiles(query),
         tiling.boxes(key),
@@ -278,12 +265,12 @@ def backward(
     pooled_keys, pooled_values = (tokens.flatten(1, -3).transpose(1, 2) for tokens in (pooled_key, pooled_value))
     extra = None if value_weights is None else tiling.tiles(value_weights)
     for strip in tiling.strips():
-        inputs = [tiling.load(view, strip) for view in (queries, keys, grads)]
-        weights_of_values = None if extra is None else tiling.load(extra, strip)
-        inputs += [values, pooled_keys, pooled_values, weights_of_values, strip]
-        if not gradients.add(*inputs):
+        tile, box, grad = (tiling.load(view, strip) for view in (queries, keys, grads))
+        extra_weights = None if extra is None else tiling.load(extra, strip)
+        add = partial(gradients.add, tile, box, grad, values, pooled_keys, pooled_values, extra_weights, strip)
+        if not add():
             tiling.apart = True
-            gradients.add(*inputs)
+            add()
             tiling.apart = False
     return gradients.result()
 
@@ -291,8 +278,15 @@ def backward(
 class _Gradients:
     """The gradients that are needed, filled strip by strip."""
 
-    def __init__(self, tiling: Tiling, needs_gradient: Sequence[bool], tensors: Sequence[Optional[Tensor]]) -> None:
-        self.tiling = tiling
+    def __init__(
+        self,
+        tiling: Tiling,
+        needs_gradient: Sequence[bool],
+        tensors: Sequence[Optional[Tensor]],
+        pooled_shape: torch.Size,
+    ) -> None:
+        """Args: pooled_shape: of the pooled keys and values."""
+        self.tiling, self.pooled_shape = tiling, pooled_shape
         query, key, value, pooled_key, pooled_value, local_bias, pooled_bias, value_weights = (
             tensor if needed else None for tensor, needed in zip(tensors, needs_gradient, strict=True)
         )
@@ -303,10 +297,9 @@ class _Gradients:
         self.pooled_key, self.pooled_value = (
             None if tensor is None else self._empty_pooled(tensor) for tensor in (pooled_key, pooled_value)
         )
-        self.pooled_shape = tensors[3].shape
         self.local_bias = None if local_bias is None else local_bias.new_zeros(local_bias.shape, dtype=tiling.dtype)
         self.pooled_bias = None if pooled_bias is None else self._empty_pooled_bias()
-        self.pooled_bias_shape = None if pooled_bias is None else pooled_bias.shape
+        self.pooled_bias_shape = torch.Size() if pooled_bias is None else pooled_bias.shape
         self.need_scores = any(needs_gradient[index] for index in (0, 1, 3, 5, 6))
         self.need_products = self.need_scores or needs_gradient[7]
 
@@ -332,7 +325,7 @@ class _Gradients:
         pooled_key: Tensor,
         pooled_value: Tensor,
         extra: Optional[Tensor],
-        strip: Strip,
+        strip: Chunk,
     ) -> bool:
         """Add what a strip gives; False, with nothing added, if that is not finite and neighbours are not apart.
 
@@ -347,7 +340,7 @@ class _Gradients:
         if self.need_products:
             products = tiling.multiply(grad, tiling.load(values, strip), pooled_value, strip)
             self._store_products(products, strip)
-            grad_scores = torch.ops.aten._softmax_backward_data(products, weights, -1, weights.dtype)
+            grad_scores = softmax_backward(products, weights)
             if self.need_scores and not self._add_scores(grad_scores, query, key, pooled_key, strip):
                 return False
         if not (self.need_scores or tiling.apart) and is_tainted(weights, grad):
@@ -357,32 +350,32 @@ class _Gradients:
         self._add_keys(self.value, self.pooled_value, weights, grad, strip)
         return True
 
-    def _store_products(self, products: Tensor, strip: Strip) -> None:
+    def _store_products(self, products: Tensor, strip: Chunk) -> None:
         if self.value_weights is not None:
             self.tiling.store(products[..., : self.tiling.neighbours].contiguous(), self.value_weights[0], strip)
 
-    def _add_scores(self, grad_scores: Tensor, query: Tensor, key: Tensor, pooled_key: Tensor, strip: Strip) -> bool:
+    def _add_scores(self, grad_scores: Tensor, query: Tensor, key: Tensor, pooled_key: Tensor, strip: Chunk) -> bool:
         """As :meth:`add`, for what comes of the gradient of the scores."""
         tiling = self.tiling
         if tiling.apart:
             tiling.leave_out(grad_scores, strip)
         scaled = grad_scores if tiling.scale == 1.0 else grad_scores * tiling.scale
-        of_query = None if self.query is None else tiling.combine(scaled, key, pooled_key, strip)
+        grad_query = None if self.query is None else tiling.combine(scaled, key, pooled_key, strip)
         # A NaN of any of the inputs is in the gradient of the queries, as it is in that of the scores.
-        if not tiling.apart and is_tainted(scaled if of_query is None else of_query):
+        if not tiling.apart and is_tainted(scaled if grad_query is None else grad_query):
             return False
         by_tile = tiling.by_tile(grad_scores, strip)
         if self.local_bias is not None:
             self.local_bias += by_tile[..., : tiling.neighbours].sum((0, 2, 3, 4, 5))
         if self.pooled_bias is not None:
             tiling._bias(self.pooled_bias[0], strip).add_(by_tile[..., tiling.neighbours :].sum(0))
-        if of_query is not None:
-            tiling.store(of_query, self.query[0], strip)
+        if self.query is not None and grad_query is not None:
+            tiling.store(grad_query, self.query[0], strip)
         self._add_keys(self.key, self.pooled_key, scaled, query, strip)
         return True
 
     def _add_keys(
-        self, boxes: Optional["_BoxSum"], pooled: Optional[Tensor], weights: Tensor, rows: Tensor, strip: Strip
+        self, boxes: Optional["_BoxSum"], pooled: Optional[Tensor], weights: Tensor, rows: Tensor, strip: Chunk
     ) -> None:
         """Add weights^T rows to the boxes and to the pooled tokens."""
         tiling = self.tiling
@@ -398,16 +391,15 @@ class _Gradients:
         if self.pooled_bias is not None:
             pooled_bias = self.pooled_bias[1].flatten(1, 3).sum_to_size(self.pooled_bias_shape)
         found = (
-            self.query and self.query[1],
-            self.key and self.key.to_map(),
-            self.value and self.value.to_map(),
+            None if self.query is None else self.query[1],
+            *(None if boxes is None else boxes.to_map() for boxes in (self.key, self.value)),
             *(
                 None if pooled is None else pooled.transpose(1, 2).reshape(self.pooled_shape)
                 for pooled in (self.pooled_key, self.pooled_value)
             ),
             self.local_bias,
             pooled_bias,
-            self.value_weights and self.value_weights[1],
+            None if self.value_weights is None else self.value_weights[1],
         )
         return [gradient for gradient in found if gradient is not None]
 
@@ -421,7 +413,7 @@ class _BoxSum:
         self.view = tiling.boxes_of_padded(self.sum)
         self.reach = [-(-box // tile) for box, tile in zip(tiling.box, tiling.tile, strict=True)]
 
-    def add(self, tokens: Tensor, strip: Strip) -> None:
+    def add(self, tokens: Tensor, strip: Chunk) -> None:
         """Tiles that share tokens are added one after the other, so the order of the sum is always the same."""
         view = self.view[strip.images, strip.rows].permute(0, 3, 1, 2, 5, 6, 4)
         tokens = tokens.view(view.shape)

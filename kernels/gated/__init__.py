@@ -5,9 +5,10 @@ from typing import Optional
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
+from .check import check_gated_positional_attention
+from .examples import EXAMPLES
 from .reference import aggregate, gated_positional_attention_scores, gated_positional_attention_weights
 
 __all__ = [
@@ -22,9 +23,10 @@ _OPERATOR = Operator(
     "Tensor query, Tensor key, Tensor value, Tensor position_scores, Tensor gate, float? scale=None",
     differentiable=("query", "key", "value", "position_scores", "gate"),
     shared=("position_scores", "gate"),
-    check=checks.check_gated_positional_attention,
+    check=check_gated_positional_attention,
     reference=reference.gated_positional_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     keys_per_query=lambda query, *_: prod(query[1:-2]),
 )
 
@@ -45,7 +47,7 @@ def gated_positional_attention(
             bfloat16, float16 or float64) with any strides, such as views of a packed projection.
         position_scores: (heads, tokens, tokens) of any floating dtype, row by row: how much each query cares for each
             key because of where they lie.
-        gate: (heads,) of any floating dtype; ``g = sigmoid(gate)`` is the share of position in a head.
+        gate: (heads,) of any floating dtype; ``g = sigmoid(gate)`` is how much position counts in a head.
         scale: of the scores of content; None for head_dim**-0.5.
 
     Returns:

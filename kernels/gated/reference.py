@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 
 
 def gated_positional_attention_scores(
@@ -32,14 +32,14 @@ def gated_positional_attention_weights(
     """
     content = _content_scores(query, key, scale).softmax(-1)
     position = position_scores.to(content.dtype).softmax(-1)
-    share = gate.to(content.dtype).sigmoid()[:, None, None]
-    weights = (1 - share) * content + share * position
+    gate = gate.to(content.dtype).sigmoid()[:, None, None]
+    weights = (1 - gate) * content + gate * position
     return weights.transpose(1, 2).unflatten(1, query.shape[1:-2])
 
 
 def _content_scores(query: Tensor, key: Tensor, scale: Optional[float]) -> Tensor:
     """(batch, heads, tokens, tokens)."""
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     queries, keys = (tokens.to(dtype).flatten(1, -3) for tokens in (query, key))
     return torch.einsum("bnhd,bmhd->bhnm", queries, keys) * scale

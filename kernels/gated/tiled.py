@@ -4,35 +4,33 @@ The weights by position are the same for every image and are made once. The two 
 meet the values, so that there is one product with the values, as in plain attention.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
+from ..tiling import Budget, exponentials, ranges, scale_of
 
-# Scores that are held at once: about the cache of a CPU core; on a device, enough images to fill it.
-SCORES_IN_CACHE = 1 << 19
-SCORES_ON_DEVICE = 1 << 27
+BUDGET = Budget(on_device=1 << 27)
+"""On a device the scores of a chunk are twice as many as those of other operators, so that several images fill it."""
 
 
 class Mixture:
-    """The two kinds of weights and their shares."""
+    """The two kinds of weights, and how much of the second a head takes."""
 
     def __init__(self, query: Tensor, position_scores: Tensor, gate: Tensor, scale: Optional[float]) -> None:
-        self.dtype = statistics_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.heads, self.tokens = position_scores.shape[:2]
-        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
-        self.share = gate.to(self.dtype).sigmoid()[:, None, None]
+        self.scale = scale_of(scale, query.shape[-1])
+        self.gate = gate.to(self.dtype).sigmoid()[:, None, None]
         self.position = position_scores.to(self.dtype).softmax(-1)  # (heads, tokens, tokens)
-        self.weighted_position = self.position * self.share
+        self.weighted_position = self.position * self.gate
 
-    def chunks(self, query: Tensor) -> Iterator[slice]:
+    def chunks(self, query: Tensor) -> list[slice]:
         """Ranges of images whose scores are held together."""
-        limit = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
-        step = max(1, limit // self.position.numel())
-        return (slice(first, first + step) for first in range(0, len(query), step))
+        return ranges(len(query), max(1, BUDGET.of(query.device) // self.position.numel()))
 
     def load(self, tokens: Tensor, chunk: slice) -> Tensor:
         """Images of a chunk as (images * heads, tokens, head_dim)."""
@@ -62,14 +60,12 @@ def forward(
     for chunk in mixture.chunks(query):
         queries, keys, values = (mixture.load(tokens, chunk) for tokens in (query, key, value))
         scores = mixture.scores(queries, keys)
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
+        weights, total, lse = exponentials(scores)
         by_head = mixture.by_head(weights)
-        content_share = (1 - mixture.share) / total.view(-1, mixture.heads, mixture.tokens, 1)
-        torch.addcmul(mixture.weighted_position, by_head, content_share, out=by_head)
+        content_factor = (1 - mixture.gate) / total.view(-1, mixture.heads, mixture.tokens, 1)
+        torch.addcmul(mixture.weighted_position, by_head, content_factor, out=by_head)
         mixture.store(torch.bmm(weights.to(values.dtype), values), output, chunk)
-        mixture.store(total.log_().add_(largest), logsumexp, chunk)
+        mixture.store(lse, logsumexp, chunk)
     return output, logsumexp.squeeze(-1)
 
 
@@ -87,42 +83,42 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, position_scores and gate, those that are needed.
 
-    With weights A by content and P by position, share g and W = (1 - g) A + g P: dV = W^T dO and dW = dO V^T; then
+    With weights A by content and P by position, gate g and W = (1 - g) A + g P: dV = W^T dO and dW = dO V^T; then
     dS = (1 - g) (A dW - A sum(A dW)) gives dQ = scale dS K and dK = scale dS^T Q. Summed over the images, dW gives
     the gradient of position_scores, g (P dW - P sum(P dW)), and (P - A) dW gives that of the gate, times g (1 - g).
     """
     mixture = Mixture(query, position_scores, gate, scale)
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
     gradients = [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
-    of_mixed = torch.zeros_like(mixture.position)
-    of_content = torch.zeros_like(mixture.share)  # sum of A dW by head
+    grad_mixed = torch.zeros_like(mixture.position)
+    content_sum = torch.zeros_like(mixture.gate)  # sum of A dW by head
     for chunk in mixture.chunks(query):
         inputs = [mixture.load(tokens, chunk) for tokens in (query, key, value, grad_output)]
         content = mixture.scores(*inputs[:2]).softmax(-1)
-        of_value = _value_gradient(mixture, content, inputs[3]) if needs_gradient[2] else None
-        of_weights = torch.bmm(inputs[3], inputs[2].transpose(1, 2)).to(mixture.dtype)
+        grad_value = _value_gradient(mixture, content, inputs[3]) if needs_gradient[2] else None
+        grad_weights = torch.bmm(inputs[3], inputs[2].transpose(1, 2)).to(mixture.dtype)
         if needs_gradient[3] or needs_gradient[4]:
-            of_mixed.add_(mixture.by_head(of_weights).sum(0))
-        of_weights.mul_(content)
-        rows = of_weights.sum(-1, keepdim=True)
-        of_content.add_(rows.view(-1, mixture.heads, mixture.tokens, 1).sum((0, 2), keepdim=True)[0])
-        results = (*_score_gradients(mixture, content, of_weights, rows, inputs, needs_gradient), of_value)
+            grad_mixed.add_(mixture.by_head(grad_weights).sum(0))
+        grad_weights.mul_(content)
+        rows = grad_weights.sum(-1, keepdim=True)
+        content_sum.add_(rows.view(-1, mixture.heads, mixture.tokens, 1).sum((0, 2), keepdim=True)[0])
+        results = (*_score_gradients(mixture, content, grad_weights, rows, inputs, needs_gradient), grad_value)
         for result, gradient in zip(results, gradients, strict=True):
-            if gradient is not None:
+            if result is not None and gradient is not None:
                 mixture.store(result, gradient, chunk)
-    result = [gradient for gradient in gradients if gradient is not None]
-    by_position = (of_mixed * mixture.position).sum(-1, keepdim=True)
+    needed = [gradient for gradient in gradients if gradient is not None]
+    by_position = (grad_mixed * mixture.position).sum(-1, keepdim=True)
     if needs_gradient[3]:
-        result.append(of_mixed.sub_(by_position).mul_(mixture.weighted_position))
+        needed.append(grad_mixed.sub_(by_position).mul_(mixture.weighted_position))
     if needs_gradient[4]:
-        of_share = by_position.sum(1, keepdim=True) - of_content
-        result.append((of_share * mixture.share * (1 - mixture.share)).flatten())
-    return result
+        grad_gate = by_position.sum(1, keepdim=True) - content_sum
+        needed.append((grad_gate * mixture.gate * (1 - mixture.gate)).flatten())
+    return needed
 
 
 def _value_gradient(mixture: Mixture, content: Tensor, grad_output: Tensor) -> Tensor:
     """W^T dO of one chunk."""
-    mixed = torch.addcmul(mixture.weighted_position, mixture.by_head(content), 1 - mixture.share)
+    mixed = torch.addcmul(mixture.weighted_position, mixture.by_head(content), 1 - mixture.gate)
     return torch.bmm(mixed.view_as(content).to(grad_output.dtype).transpose(1, 2), grad_output)
 
 
@@ -138,16 +134,16 @@ def _score_gradients(
     if not (needs_gradient[0] or needs_gradient[1]):
         return None, None
     query, key = inputs[:2]
-    of_scores = weighted.addcmul_(content, rows, value=-1)
-    factor = (1 - mixture.share) * mixture.scale
+    grad_scores = weighted.addcmul_(content, rows, value=-1)
+    factor = (1 - mixture.gate) * mixture.scale
     rounds = query.dtype != mixture.dtype
     if rounds:
-        mixture.by_head(of_scores).mul_(factor)
-    of_scores = of_scores.to(query.dtype)
-    of_query = torch.bmm(of_scores, key) if needs_gradient[0] else None
-    of_key = torch.bmm(of_scores.transpose(1, 2), query) if needs_gradient[1] else None
-    for gradient in (of_query, of_key):
+        mixture.by_head(grad_scores).mul_(factor)
+    grad_scores = grad_scores.to(query.dtype)
+    grad_query = torch.bmm(grad_scores, key) if needs_gradient[0] else None
+    grad_key = torch.bmm(grad_scores.transpose(1, 2), query) if needs_gradient[1] else None
+    for gradient in (grad_query, grad_key):
         # narrower than the scores, so less work; but not where it would be rounded twice
         if gradient is not None and not rounds:
             gradient.view(-1, mixture.heads, *gradient.shape[1:]).mul_(factor)
-    return of_query, of_key
+    return grad_query, grad_key

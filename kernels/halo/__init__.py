@@ -4,9 +4,10 @@ from typing import Optional
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from . import reference, tiled
+from .check import check_halo_attention
+from .examples import EXAMPLES
 from .reference import aggregate, halo_attention_scores, halo_attention_weights
 
 __all__ = ["aggregate", "halo_attention", "halo_attention_scores", "halo_attention_weights"]
@@ -16,9 +17,10 @@ _OPERATOR = Operator(
     "Tensor query, Tensor key, Tensor value, int block_size, int halo_size, Tensor? relative_height_logits=None, "
     "Tensor? relative_width_logits=None, bool mask_padding=False, float? scale=None",
     differentiable=("query", "key", "value", "relative_height_logits", "relative_width_logits"),
-    check=checks.check_halo_attention,
+    check=check_halo_attention,
     reference=reference.halo_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     keys_per_query=lambda query, key, value, block, halo, *_: (block + 2 * halo) ** 2,
     fused=f"{__name__}.fused",
 )

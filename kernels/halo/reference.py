@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 
 
 def halo_attention_scores(
@@ -25,7 +25,7 @@ def halo_attention_scores(
     :func:`~vicinal.kernels.halo_attention`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     queries = _to_blocks(query.to(dtype), key, block_size)
     keys = _to_windows(key.to(dtype), block_size, halo_size)
     scores = queries @ keys.transpose(-1, -2) * scale  # (batch, rows, columns, heads, queries, keys)

@@ -5,24 +5,15 @@ before they are multiplied with it. Windows overlap, so the gradients of keys an
 pieces of at most a block, which do not overlap.
 """
 
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
+from ..tiling import Budget, Chunk, chunks, exponentials, grad_scores_of, scale_of
 
-SCORES_IN_CACHE = 1 << 19
-"""Scores of a chunk on the CPU: 2 MB in float32, so that the passes of the softmax stay in the second-level cache."""
-SCORES_ON_DEVICE = 1 << 26
-"""Elsewhere each chunk costs kernel launches, and only the memory (256 MB) is a limit."""
-
-
-class Chunk(NamedTuple):
-    """Blocks that are processed together: images and rows of blocks, as slices of the map of blocks."""
-
-    images: slice
-    rows: slice
+BUDGET = Budget()
 
 
 class Blocks:
@@ -33,17 +24,12 @@ class Blocks:
         self.batch, self.height, self.width, self.heads = key.shape[:4]
         self.rows, self.columns = self.height // block, self.width // block
         self.queries = query.shape[1] // self.rows
-        on_cpu = query.device.type == "cpu"
-        self.chunk_scores = SCORES_IN_CACHE if on_cpu else SCORES_ON_DEVICE
+        self.budget = BUDGET.of(query.device)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Whole images while they fit, else rows of blocks."""
+        """Some rows of blocks of some images."""
         row_scores = self.columns * self.heads * (self.queries * self.window) ** 2
-        images = min(self.batch, max(1, self.chunk_scores // (self.rows * row_scores)))
-        step = min(self.rows, max(1, self.chunk_scores // row_scores))
-        for image in range(0, self.batch, images):
-            for row in range(0, self.rows, step):
-                yield Chunk(slice(image, min(image + images, self.batch)), slice(row, min(row + step, self.rows)))
+        return chunks(self.batch, self.rows, row_scores, self.budget)
 
     def _of_blocks(self, tokens: Tensor, chunk: Chunk) -> Tensor:
         """A view (images, rows, columns, heads, y, x, channels) of the queries of a chunk."""
@@ -113,12 +99,12 @@ class Scores:
         scale: Optional[float],
     ) -> None:
         self.blocks, self.relative = blocks, relative
-        self.dtype = statistics_dtype(query.dtype)
-        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.dtype = accumulation_dtype(query.dtype)
+        self.scale = scale_of(scale, query.shape[-1])
         self.mask_padding = mask_padding and blocks.halo > 0
 
     def __call__(self, query: Tensor, key: Tensor, chunk: Chunk) -> Tensor:
-        """(blocks * heads, queries, keys) in the dtype of statistics."""
+        """(blocks * heads, queries, keys) in float32 (float64 for float64 inputs)."""
         blocks = self.blocks
         scores = torch.bmm(query, key.transpose(1, 2)).to(self.dtype).mul_(self.scale)
         by_cell = scores.view(-1, blocks.queries**2, blocks.window, blocks.window)
@@ -151,12 +137,10 @@ def forward(
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=score.dtype)
     for chunk in blocks.chunks():
         scores = score(blocks.load(query, chunk), blocks.load_windows(key, chunk), chunk)
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
+        weights, total, lse = exponentials(scores)
         result = torch.bmm(weights.to(value.dtype), blocks.load_windows(value, chunk))
         blocks.store(result.to(score.dtype).div_(total), output, chunk)
-        blocks.store(total.log_().add_(largest), logsumexp, chunk)
+        blocks.store(lse, logsumexp, chunk)
     return output, logsumexp.squeeze(-1)
 
 
@@ -183,19 +167,18 @@ def backward(
     blocks = Blocks(query, key, block_size, halo_size)
     relative = (relative_height_logits, relative_width_logits)
     score = Scores(blocks, query, relative, mask_padding, scale)
-    gradients = [
-        None if not needed else blocks.new_padded(tensor, score.dtype) if overlaps else torch.empty_like(tensor)
-        for tensor, needed, overlaps in zip(
-            (query, key, value, *relative), needs_gradient, (False, True, True, False, False), strict=True
-        )
-    ]
+    gradients: list[Optional[Tensor]] = [None] * 5
+    for index, tensor in enumerate((query, key, value, *relative)):
+        if needs_gradient[index] and tensor is not None:
+            overlaps = index in (1, 2)
+            gradients[index] = blocks.new_padded(tensor, score.dtype) if overlaps else torch.empty_like(tensor)
     for chunk in blocks.chunks():
         inputs = [blocks.load(query, chunk), *(blocks.load_windows(tokens, chunk) for tokens in (key, value))]
-        weights = score(*inputs[:2], chunk).softmax(-1)
+        weights = score(inputs[0], inputs[1], chunk).softmax(-1)
         inputs.append(blocks.load(grad_output, chunk))
         results = _chunk_gradients(weights, inputs, blocks.window, score.scale, needs_gradient)
         for index, (result, gradient) in enumerate(zip(results, gradients, strict=True)):
-            if gradient is not None:
+            if result is not None and gradient is not None:
                 (blocks.add_windows if index in (1, 2) else blocks.store)(result, gradient, chunk)
     cropped = (blocks.crop(x) if index in (1, 2) and x is not None else x for index, x in enumerate(gradients))
     return [gradient for gradient in cropped if gradient is not None]
@@ -211,14 +194,13 @@ def _chunk_gradients(
         result[2] = torch.bmm(weights.to(value.dtype).transpose(1, 2), grad_output)
     if not any((*needs_gradient[:2], *needs_gradient[3:])):
         return result
-    of_scores = torch.bmm(grad_output, value.transpose(1, 2)).to(weights.dtype).mul_(weights)
-    of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
-    rounded = of_scores.to(query.dtype)
+    grad_scores = grad_scores_of(torch.bmm(grad_output, value.transpose(1, 2)).to(weights.dtype), weights)
+    rounded = grad_scores.to(query.dtype)
     if needs_gradient[0]:
         result[0] = torch.bmm(rounded, key).mul_(scale)
     if needs_gradient[1]:
         result[1] = torch.bmm(rounded.transpose(1, 2), query).mul_(scale)
     for index, axis in ((3, -1), (4, -2)):
         if needs_gradient[index]:
-            result[index] = of_scores.unflatten(-1, (window, window)).sum(axis)
+            result[index] = grad_scores.unflatten(-1, (window, window)).sum(axis)
     return result

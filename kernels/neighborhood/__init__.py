@@ -6,10 +6,12 @@ from typing import Optional, Union
 
 from torch import Tensor
 
-from .. import checks
+from ..checks import per_axis
 from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
+from .check import check_neighborhood_attention
+from .examples import EXAMPLES
 from .reference import aggregate, neighborhood_attention_scores, neighborhood_attention_weights
 
 __all__ = [
@@ -27,12 +29,13 @@ _OPERATOR = Operator(
     "bool[] is_causal=[False], Tensor? relative_position_bias=None, float? scale=None",
     differentiable=("query", "key", "value", "relative_position_bias"),
     shared=("relative_position_bias",),
-    check=checks.check_neighborhood_attention,
+    check=check_neighborhood_attention,
     reference=reference.neighborhood_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, kernel_size, *_: prod(
-        checks.per_axis("kernel_size", kernel_size, len(query) - 3)
+        per_axis("kernel_size", kernel_size, len(query) - 3)
     ),
 )
 _PACKED = PackedOperator(_OPERATOR)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import neighborhood_options
 from ..launch import Parameters, submit
 from ..triton_common import (
     LOG2_E,
@@ -34,6 +33,7 @@ from ..triton_common import (
     store_map,
 )
 from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs, load_for_columns
+from .check import neighborhood_options
 from .columns import column_table_kernel, geometries, geometry_of, load_columns
 from .tiles import before, box_at, box_of, box_of_tokens, box_steps, next_box, program_tile, tile_of_tokens
 

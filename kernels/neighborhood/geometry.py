@@ -16,6 +16,10 @@ class Run(NamedTuple):
 
     Tile (r, t), with r below `residues` and t below `tiles`, lies in group `residue + r`. Its queries start at place
     `query + t * queries` and its keys, all that its queries see, at place `key + t * queries`.
+
+    Attributes:
+        queries, keys: of one tile.
+        windows: half-open range of keys of each query, from the tile's first key.
     """
 
     residue: int
@@ -23,12 +27,12 @@ class Run(NamedTuple):
     query: int
     key: int
     tiles: int
-    queries: int  # of one tile
-    keys: int  # of one tile
-    windows: tuple[tuple[int, int], ...]  # half-open range of keys of each query, from the tile's first key
+    queries: int
+    keys: int
+    windows: tuple[tuple[int, int], ...]
 
     @property
-    def count(self) -> int:
+    def all_tiles(self) -> int:
         return self.residues * self.tiles
 
     @property
@@ -77,7 +81,7 @@ def tile_lengths(length: int, stride: int, tile: int) -> list[int]:
 def axis_runs(size: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, tile: int) -> tuple[Run, ...]:
     """All tiles of an axis of `size` positions. Groups differ by one place where dilation does not divide the size."""
     length, longer = divmod(size, dilation)
-    runs = []
+    runs: list[Run] = []
     if longer:
         runs += _group_runs(0, longer, group_windows(length + 1, kernel_size, stride, is_causal), stride, tile)
     runs += _group_runs(longer, dilation - longer, group_windows(length, kernel_size, stride, is_causal), stride, tile)
@@ -101,7 +105,7 @@ def _group_runs(residue: int, residues: int, windows: list[tuple[int, int]], str
 
 def split(runs: tuple[Run, ...], limit: int) -> Iterator[tuple[Run, ...]]:
     """Halves the tiles of a product of runs until each part has at most `limit`, or one."""
-    counts = [run.count for run in runs]
+    counts = [run.all_tiles for run in runs]
     if prod(counts) <= max(limit, 1):
         yield runs
         return

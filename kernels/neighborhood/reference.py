@@ -6,8 +6,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..checks import neighborhood_options
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
+from .check import neighborhood_options
 
 
 def neighborhood_attention_scores(
@@ -25,7 +25,7 @@ def neighborhood_attention_scores(
     The last axis holds the keys of the query's window, row by row; keys that a causal window lacks have -inf.
     Arguments as in :func:`~vicinal.kernels.neighborhood_attention`, options as one element or one per axis.
     """
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index, offset, visible = _neighborhoods(query, kernel_size, stride, dilation, is_causal)
     queries = query.to(dtype).flatten(1, -3)  # (batch, tokens, heads, head_dim)
@@ -104,8 +104,9 @@ def _neighborhoods(
     index = offset = torch.zeros(1, 1, dtype=torch.long, device=tokens.device)
     visible = torch.ones(1, 1, dtype=torch.bool, device=tokens.device)
     options = neighborhood_options(rank, kernel_size, stride, dilation, is_causal)
-    for size, kernel, *others in zip(tokens.shape[1:-2], *options, strict=True):
-        axis_index, axis_offset, axis_visible = _axis_windows(size, kernel, *others, tokens.device)
+    for axis in zip(tokens.shape[1:-2], *options, strict=True):
+        axis_index, axis_offset, axis_visible = _axis_windows(*axis, tokens.device)
+        size, kernel = axis[:2]
         index = _outer(index * size, axis_index, torch.add)
         offset = _outer(offset * (2 * kernel - 1), axis_offset, torch.add)
         visible = _outer(visible, axis_visible, torch.logical_and)

@@ -15,17 +15,19 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..buffers import Buffer
-from ..checks import neighborhood_options
-from ..dispatch import statistics_dtype
+from ...torch_internals import softmax_backward
+from ..dispatch import accumulation_dtype
 from ..nonfinite import hide, is_tainted, product_of_seen
+from ..tiling import LOG2_E, Budget, Buffer, exponentials, ranges, scale_of
+from .check import neighborhood_options
 from .geometry import Run, axis_runs, split
 
-LOG2_E = math.log2(math.e)
-TILE = {1: 32, 2: 7, 3: 4}  # queries of a tile along each axis, by the rank of the map
-COVERED_TILE = 16  # the same where every query sees the whole axis: no score is masked, so larger tiles waste nothing
-SCORES_IN_CACHE = 2**18
-SCORES_ON_DEVICE = 2**25
+TILE = {1: 32, 2: 7, 3: 4}
+"""A tile has so many queries along each axis, by the rank of the map."""
+COVERED_TILE = 16
+"""A tile has so many along an axis that every query sees whole: no score is masked, so larger ones waste nothing."""
+BUDGET = Budget(in_cache=1 << 18, on_device=1 << 25)
+"""A piece has half as many scores as other operators take, since the backward holds three tensors of their size."""
 
 
 class Piece(NamedTuple):
@@ -95,7 +97,7 @@ class _KeyGradient(_Map):
         view = self.view(piece, "key")
         tokens = tokens.view(view.shape)
         for firsts in product(*(range(run.reach) for run in piece.runs)):
-            apart = (slice(None),)
+            apart: tuple[slice, ...] = (slice(None),)
             for first, run in zip(firsts, piece.runs, strict=True):
                 apart += (slice(None), slice(first, None, run.reach))
             view[apart].add_(tokens[apart])
@@ -129,9 +131,9 @@ class _Tiling:
         self.kernel_size, _, self.dilation, _ = options
         self.axes = [axis_runs(*axis, _tile(rank, *axis)) for axis in zip(self.spatial, *options, strict=True)]
         self.device = query.device
-        self.dtype = statistics_dtype(query.dtype)
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.budget = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
+        self.dtype = accumulation_dtype(query.dtype)
+        self.scale = scale_of(scale, head_dim)
+        self.budget = BUDGET.of(query.device)
         self.has_bias = relative_position_bias is not None
         self.table = self._table(relative_position_bias)
 
@@ -164,10 +166,10 @@ class _Tiling:
     def pieces(self, runs: tuple[Run, ...]) -> Iterator[Piece]:
         scores = self.heads * math.prod(run.queries * run.keys for run in runs)
         limit = max(1, self.budget // scores)
-        images = max(1, limit // math.prod(run.count for run in runs))
+        images = max(1, limit // math.prod(run.all_tiles for run in runs))
         for part in split(runs, limit):
-            for start in range(0, self.batch, images):
-                yield Piece(slice(start, min(start + images, self.batch)), part)
+            for some in ranges(self.batch, images):
+                yield Piece(some, part)
 
     def buffer(self, dtype: Optional[torch.dtype] = None) -> Buffer:
         return Buffer(dtype or self.dtype, self.device)
@@ -183,14 +185,15 @@ class _Tiling:
     def weights(
         self, query: Tensor, key: Tensor, bias: Optional[Tensor], buffer: Buffer, hidden: Optional[Tensor] = None
     ) -> tuple[Tensor, Tensor]:
-        """Softmax weights, and the logarithm to base 2 of their denominators.
+        """Softmax weights, and the lse in base 2.
 
         Args:
             hidden: leaves these pairs out whatever they hold.
         """
         scores = hide(self.scores(query, key, bias, buffer), hidden, -math.inf)
-        weights, normalizer = softmax_base_2(scores)
-        return hide(weights, hidden, 0.0), normalizer  # a row of NaN has them where it sees nothing, too
+        weights, total, lse = exponentials(scores, base_2=True)
+        weights.mul_(total.reciprocal())
+        return hide(weights, hidden, 0.0), lse  # a row of NaN has them where it sees nothing, too
 
     def map(self, tensor: Tensor, dtype: Optional[torch.dtype] = None) -> _Map:
         return _Map(tensor, self.dilation, dtype or self.dtype)
@@ -206,15 +209,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor
     for runs, bias in tiling.geometries():
         for piece in tiling.pieces(runs):
             tokens = queries.load(piece, "query"), keys.load(piece, "key")
-            weights, normalizer = tiling.weights(*tokens, bias, for_scores)
+            weights, lse = tiling.weights(*tokens, bias, for_scores)
             box = values.load(piece, "key")
             attended = for_output.product(for_weights.cast(weights), box)
             if is_tainted(attended):
                 hidden = tiling.hidden(runs)
-                weights, normalizer = tiling.weights(*tokens, bias, for_scores, hidden)
+                weights, lse = tiling.weights(*tokens, bias, for_scores, hidden)
                 attended = product_of_seen(for_weights.cast(weights), hidden, box)
             outputs.store(piece, attended)
-            logsumexps.store(piece, normalizer.div_(LOG2_E))
+            logsumexps.store(piece, lse.div_(LOG2_E))
     return output, logsumexp.squeeze(-1)
 
 
@@ -257,7 +260,7 @@ class _Gradients:
         shape = (tiling.heads, *(2 * kernel - 1 for kernel in tiling.kernel_size))
         self.table = query.new_zeros(shape, dtype=torch.float64) if needs_bias else None
         self.need_scores = needs_query or needs_key or needs_bias
-        self.pairs = 0.0
+        self.pairs: Optional[Tensor] = None
 
     def add(
         self,
@@ -276,7 +279,7 @@ class _Gradients:
         if self.need_scores:
             box = values.load(piece, "key")
             grad_weights = hide(for_weights.product(grad, box.transpose(1, 2)), hidden, 0.0)
-            grad_scores = hide(softmax_backward(grad_weights, weights, for_grads), hidden, 0.0)
+            grad_scores = hide(softmax_backward(grad_weights, weights, for_grads.take(weights.shape)), hidden, 0.0)
             if not self._add_scores(piece, grad_scores, query, key, hidden, again):
                 return False
         if self.value is not None:
@@ -292,17 +295,18 @@ class _Gradients:
     ) -> bool:
         """As :meth:`add`, for what comes of the gradient of the scores."""
         scale, pairs = self.tiling.scale, self.buffers[0].cast(grad_scores)
-        of_query = None if self.query is None else self._product(pairs, key, scale, hidden)
+        grad_query = None if self.query is None else self._product(pairs, key, scale, hidden)
         # A NaN of any of the inputs is in the gradient of the queries, the smallest, as it is in that of the scores.
-        if not again and is_tainted(grad_scores if of_query is None else of_query):
+        if not again and is_tainted(grad_scores if grad_query is None else grad_query):
             return False
-        if of_query is not None:
-            self.query.store(piece, of_query)
+        if self.query is not None and grad_query is not None:
+            self.query.store(piece, grad_query)
         if self.table is not None:
-            self.pairs = self.pairs + grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
+            pairs_of_piece = grad_scores.unflatten(0, (-1, self.tiling.heads)).sum(0)
+            self.pairs = pairs_of_piece if self.pairs is None else self.pairs + pairs_of_piece
         if self.key is not None:
-            of_key = self._product(pairs, query, scale, hidden, by_key=True)
-            self.key.add(piece, self.buffers[3].cast(of_key))
+            grad_key = self._product(pairs, query, scale, hidden, by_key=True)
+            self.key.add(piece, self.buffers[3].cast(grad_key))
         return True
 
     def _product(
@@ -311,20 +315,22 @@ class _Gradients:
         """scale * pairs @ tokens, or of the pairs transposed if by_key; valid until the next call."""
         _, right, result, _ = self.buffers
         tokens = right.cast(tokens)
-        pairs, hidden = (x.mT if by_key and x is not None else x for x in (pairs, hidden))
+        if by_key:
+            pairs, hidden = pairs.mT, None if hidden is None else hidden.mT
         if hidden is None:
             return result.product(pairs, tokens, scale)
         return product_of_seen(pairs, hidden, tokens).mul_(scale)
 
     def finish_geometry(self, runs: tuple[Run, ...]) -> None:
         """Adds up the (heads, queries, keys) gradient of a geometry's pairs by their offsets, and starts afresh."""
-        if self.table is None:
+        if self.table is None or self.pairs is None:
             return
-        if is_tainted(self.pairs):
-            self._scatter(runs)
+        pairs, self.pairs = self.pairs, None
+        if is_tainted(pairs):
+            self._scatter(self.table, pairs, runs)
             return
         rank = len(runs)
-        pairs = self.pairs.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
+        pairs = pairs.view(-1, *(run.queries for run in runs), *(run.keys for run in runs))
         pairs = pairs.permute(0, *(axis + side for axis in range(1, rank + 1) for side in (0, rank)))
         pairs = pairs.reshape(-1, *(run.queries * run.keys for run in runs)).double()
         for run, kernel in zip(runs, self.tiling.kernel_size, strict=True):
@@ -333,32 +339,17 @@ class _Gradients:
             entries = torch.arange(2 * kernel - 1, device=pairs.device)
             pairs = torch.tensordot(pairs, (offsets[:, None] == entries).to(pairs.dtype), dims=([1], [0]))
         self.table += pairs
-        self.pairs = 0.0
 
-    def _scatter(self, runs: tuple[Run, ...]) -> None:
+    def _scatter(self, table: Tensor, pairs: Tensor, runs: tuple[Run, ...]) -> None:
         """The same for pairs that are not all finite: a product would bring them to entries that are not theirs."""
         index, _ = self.tiling.entries(runs)
         seen = index.flatten() < self.tiling.table.shape[1] - 1
-        self.table.flatten(1).index_add_(1, index.flatten()[seen], self.pairs.flatten(1).double()[:, seen])
-        self.pairs = 0.0
+        table.flatten(1).index_add_(1, index.flatten()[seen], pairs.flatten(1).double()[:, seen])
 
     def result(self) -> list[Tensor]:
-        maps = (self.query and self.query.tensor, self.key and self.key.to_map(), self.value and self.value.to_map())
-        return [gradient for gradient in (*maps, self.table) if gradient is not None]
-
-
-def softmax_base_2(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of scores in base 2, in place, and the logarithm to base 2 of its denominator."""
-    largest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(largest).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    return weights.mul_(total.reciprocal()), total.log2_().add_(largest)
-
-
-def softmax_backward(grad_weights: Tensor, weights: Tensor, buffer: Buffer) -> Tensor:
-    """weights * (grad_weights - sum(weights * grad_weights)), the gradient of the scores in base e."""
-    result = buffer.take(weights.shape)
-    return torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=result)
+        query = None if self.query is None else self.query.tensor
+        key, value = (None if x is None else x.to_map() for x in (self.key, self.value))
+        return [gradient for gradient in (query, key, value, self.table) if gradient is not None]
 
 
 def _tile(rank: int, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> int:

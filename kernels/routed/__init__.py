@@ -4,10 +4,11 @@ from typing import Optional
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
+from .check import check_routed_attention
+from .examples import EXAMPLES
 from .geometry import as_list, count_tokens, in_form_of
 from .reference import aggregate, routed_attention_weights
 
@@ -24,9 +25,10 @@ _OPERATOR = Operator(
     "routed_attention",
     "Tensor query, Tensor key, Tensor value, Tensor routes, float? scale=None",
     differentiable=("query", "key", "value"),
-    check=checks.check_routed_attention,
+    check=check_routed_attention,
     reference=reference.routed_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, routes, *_: routes[-1] * count_tokens(key),
 )

@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from .geometry import as_list, in_form_of
 
 
@@ -15,7 +15,7 @@ def routed_attention_weights(query: Tensor, key: Tensor, routes: Tensor, scale: 
     The last axis holds the tokens of the first routed region, then those of the second. Arguments as in
     :func:`~vicinal.kernels.routed_attention`, as lists of regions.
     """
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = _by_head(query.to(dtype)) @ _by_head(_gather(key.to(dtype), routes)).transpose(-1, -2)
     return (scores * scale).softmax(-1).transpose(2, 3)

@@ -10,28 +10,20 @@ before they are multiplied with it. Regions share keys and values, so their grad
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..nonfinite import is_tainted
+from ..tiling import Budget, Chunk, chunks, exponentials, grad_scores_of, ranges, scale_of
 from .geometry import as_list, in_form_of
 
-NUMBERS_IN_CACHE = 1 << 19
-"""Scores, or gathered keys, of a chunk on the CPU: 2 MB in float32, so that they stay in the second-level cache."""
-NUMBERS_ON_DEVICE = 1 << 26
-"""Elsewhere each chunk costs kernel launches, and only the memory (256 MB) is a limit."""
+BUDGET = Budget()
+"""It counts the scores of a chunk, or its gathered keys where they are more."""
 DENSE_TOKENS = 256
-"""Largest map on which all pairs of tokens are scored."""
-
-
-class Chunk(NamedTuple):
-    """What is processed together: images and regions, as slices."""
-
-    images: slice
-    regions: slice
+"""Tokens of the largest map on which all pairs of tokens are scored."""
 
 
 class GatherPlan:
@@ -40,7 +32,7 @@ class GatherPlan:
     def __init__(self, query: Tensor, routes: Tensor) -> None:
         self.batch, self.regions, self.tokens, self.heads, self.channels = query.shape
         self.routes = routes
-        self.limit = NUMBERS_IN_CACHE if query.device.type == "cpu" else NUMBERS_ON_DEVICE
+        self.budget = BUDGET.of(query.device)
 
     @property
     def keys(self) -> int:
@@ -48,22 +40,18 @@ class GatherPlan:
         return self.routes.shape[2] * self.tokens
 
     def chunks(self) -> Iterator[Chunk]:
-        """Whole images while they fit, else regions of one."""
-        of_region = self.heads * self.keys * max(self.tokens, self.channels)
-        images = min(self.batch, max(1, self.limit // (self.regions * of_region)))
-        regions = min(self.regions, max(1, self.limit // of_region))
-        for image in range(0, self.batch, images):
-            for region in range(0, self.regions, regions):
-                yield Chunk(slice(image, image + images), slice(region, region + regions))
+        """Some regions of some images."""
+        numbers = self.heads * self.keys * max(self.tokens, self.channels)
+        return chunks(self.batch, self.regions, numbers, self.budget)
 
     def load(self, tokens: Tensor, chunk: Chunk) -> Tensor:
         """Queries of a chunk as (images * heads * regions, tokens, channels)."""
-        part = tokens[chunk.images, chunk.regions].permute(0, 3, 1, 2, 4)  # (images, heads, regions, tokens, channels)
+        part = tokens[chunk.images, chunk.rows].permute(0, 3, 1, 2, 4)  # (images, heads, regions, tokens, channels)
         return part.reshape(-1, self.tokens, tokens.shape[-1])
 
     def store(self, result: Tensor, output: Tensor, chunk: Chunk) -> None:
         """Write (images * heads * regions, tokens, channels) back."""
-        view = output[chunk.images, chunk.regions].permute(0, 3, 1, 2, 4)
+        view = output[chunk.images, chunk.rows].permute(0, 3, 1, 2, 4)
         view.copy_(result.view(view.shape))
 
     def load_keys(self, tokens: Tensor, chunk: Chunk) -> Tensor:
@@ -90,7 +78,7 @@ class GatherPlan:
 
     def _rows(self, chunk: Chunk) -> Tensor:
         """Of the routed regions, in (images, heads, regions) of the images of a chunk: one for each product and key."""
-        routes = self.routes[chunk.images, None, chunk.regions].long()
+        routes = self.routes[chunk.images, None, chunk.rows].long()
         first = torch.arange(len(routes) * self.heads, device=routes.device) * self.regions
         return (routes + first.view(-1, self.heads, 1, 1)).flatten()
 
@@ -103,9 +91,8 @@ class DensePlan(GatherPlan):
         return self.regions * self.tokens
 
     def chunks(self) -> Iterator[Chunk]:
-        images = max(1, self.limit // (self.heads * self.keys**2))
-        for image in range(0, self.batch, images):
-            yield Chunk(slice(image, image + images), slice(0, self.regions))
+        images = max(1, self.budget // (self.heads * self.keys**2))
+        return (Chunk(part, slice(0, self.regions)) for part in ranges(self.batch, images))
 
     def load(self, tokens: Tensor, chunk: Chunk) -> Tensor:
         return super().load(tokens, chunk).view(-1, self.keys, tokens.shape[-1])
@@ -134,10 +121,6 @@ def plan(query: Tensor, routes: Tensor) -> GatherPlan:
     return (DensePlan if dense else GatherPlan)(query, routes)
 
 
-def _scale(query: Tensor, scale: Optional[float]) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else scale
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: Optional[float]) -> tuple[Tensor, Tensor]:
     """Output, and logsumexp of the scores."""
     form = query
@@ -153,19 +136,17 @@ def _attend(
     regions: GatherPlan, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]
 ) -> tuple[Tensor, Tensor]:
     """:func:`forward` of lists of regions, by a plan."""
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     logsumexp = query.new_empty((*query.shape[:-1], 1), dtype=dtype)
     for chunk in regions.chunks():
         queries, keys = regions.load(query, chunk), regions.load_keys(key, chunk)
-        scores = torch.bmm(queries, keys.transpose(1, 2)).to(dtype).mul_(_scale(query, scale))
+        scores = torch.bmm(queries, keys.transpose(1, 2)).to(dtype).mul_(scale_of(scale, query.shape[-1]))
         regions.mask(scores, chunk)
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
+        weights, total, lse = exponentials(scores)
         result = torch.bmm(weights.to(value.dtype), regions.load_keys(value, chunk))
         regions.store(result.to(dtype).div_(total), output, chunk)
-        regions.store(total.log_().add_(largest), logsumexp, chunk)
+        regions.store(lse, logsumexp, chunk)
     return output, logsumexp.squeeze(-1)
 
 
@@ -189,9 +170,9 @@ def backward(
     query, key, value, grad_output = map(as_list, (query, key, value, grad_output))
     regions = plan(query, routes)
     tokens = (query, key, value, grad_output)
-    gradients = _differentiate(regions, *tokens, _scale(query, scale), needs_gradient)
+    gradients = _differentiate(regions, *tokens, scale_of(scale, query.shape[-1]), needs_gradient)
     if isinstance(regions, DensePlan) and is_tainted(*gradients):
-        gradients = _differentiate(GatherPlan(query, routes), *tokens, _scale(query, scale), needs_gradient)
+        gradients = _differentiate(GatherPlan(query, routes), *tokens, scale_of(scale, query.shape[-1]), needs_gradient)
     return [in_form_of(form, gradient) for gradient in gradients]
 
 
@@ -205,9 +186,9 @@ def _differentiate(
     needs_gradient: Sequence[bool],
 ) -> list[Tensor]:
     """:func:`backward` of lists of regions, by a plan."""
-    dtype = statistics_dtype(query.dtype)
-    of_query = query.new_empty(query.shape) if needs_gradient[0] else None
-    of_key, of_value = (
+    dtype = accumulation_dtype(query.dtype)
+    grad_query = query.new_empty(query.shape) if needs_gradient[0] else None
+    grad_key, grad_value = (
         regions.new_gradient(tensor, dtype) if needed else None
         for tensor, needed in zip((key, value), needs_gradient[1:], strict=True)
     )
@@ -217,16 +198,15 @@ def _differentiate(
         scores = torch.bmm(queries, keys.transpose(1, 2)).to(dtype).mul_(scale)
         regions.mask(scores, chunk)
         weights = scores.softmax(-1)
-        if of_value is not None:
-            regions.add_keys(torch.bmm(weights.to(value.dtype).transpose(1, 2), grads), of_value, chunk)
-        if of_query is None and of_key is None:
+        if grad_value is not None:
+            regions.add_keys(torch.bmm(weights.to(value.dtype).transpose(1, 2), grads), grad_value, chunk)
+        if grad_query is None and grad_key is None:
             continue
-        of_scores = torch.bmm(grads, values.transpose(1, 2)).to(dtype).mul_(weights)
-        of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
-        rounded = of_scores.mul_(scale).to(query.dtype)
-        if of_query is not None:
-            regions.store(torch.bmm(rounded, keys), of_query, chunk)
-        if of_key is not None:
-            regions.add_keys(torch.bmm(rounded.transpose(1, 2), queries), of_key, chunk)
-    summed = [x.permute(0, 2, 3, 1, 4) for x in (of_key, of_value) if x is not None]
-    return ([] if of_query is None else [of_query]) + summed
+        grad_scores = grad_scores_of(torch.bmm(grads, values.transpose(1, 2)).to(dtype), weights)
+        rounded = grad_scores.mul_(scale).to(query.dtype)
+        if grad_query is not None:
+            regions.store(torch.bmm(rounded, keys), grad_query, chunk)
+        if grad_key is not None:
+            regions.add_keys(torch.bmm(rounded.transpose(1, 2), queries), grad_key, chunk)
+    summed = [x.permute(0, 2, 3, 1, 4) for x in (grad_key, grad_value) if x is not None]
+    return ([] if grad_query is None else [grad_query]) + summed

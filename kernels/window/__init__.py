@@ -4,10 +4,11 @@ from typing import Optional, Sequence, Union
 
 from torch import Tensor
 
-from .. import checks
 from ..dispatch import Operator
 from ..packed import PackedOperator
 from . import reference, tiled
+from .check import check_window_attention
+from .examples import EXAMPLES
 from .reference import aggregate, window_attention_scores, window_attention_weights
 
 __all__ = [
@@ -24,9 +25,10 @@ _OPERATOR = Operator(
     "Tensor? relative_position_bias=None, float? scale=None",
     differentiable=("query", "key", "value", "relative_position_bias"),
     shared=("relative_position_bias",),
-    check=checks.check_window_attention,
+    check=check_window_attention,
     reference=reference.window_attention,
     tiled=tiled,
+    examples=EXAMPLES,
     fused=f"{__name__}.fused",
     keys_per_query=lambda query, key, value, window_size, *_: window_size[0] * window_size[-1],
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import per_axis
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from .geometry import bias_index
 
 
@@ -26,7 +26,7 @@ def window_attention_scores(
     """
     window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dtype = statistics_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     queries = _to_windows(query.to(dtype), window, partition, shifts)
     keys = _to_windows(key.to(dtype), window, partition, shifts)
     scores = queries @ keys.transpose(-1, -2) * scale  # (batch, rows, columns, heads, tokens, tokens)

@@ -15,18 +15,16 @@ from typing import Iterator, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ..buffers import Buffer
+from ...torch_internals import attend_on_cpu
 from ..checks import per_axis
-from ..dispatch import statistics_dtype
+from ..dispatch import accumulation_dtype
 from ..nonfinite import hide, is_tainted, product_of_seen
+from ..tiling import Budget, Buffer, chunk_ranges, exponentials, grad_scores_of, scale_of
 from .geometry import bias_index
 
-SCORES_IN_CACHE = 1 << 19
-"""Scores of a chunk on the CPU: 2 MB in float32, so that the passes of the softmax stay in the second-level cache."""
-SCORES_ON_DEVICE = 1 << 26
-"""Elsewhere each chunk costs kernel launches, and only the memory (256 MB) is a limit."""
+BUDGET = Budget()
 FEW_KEYS = 16
-"""Numbers of float32 in the widest vector register."""
+"""With fewer keys than the widest vector register has numbers of float32, the lse does not tell of rows of NaN."""
 
 
 class Piece(NamedTuple):
@@ -101,21 +99,18 @@ class Windows:
         self.shifts = tuple(axis.shift for axis in self.axes)
         self.tokens = self.window[0] * self.window[1]
         self.batch, self.heads, self.head_dim = query.shape[0], query.shape[3], query.shape[4]
-        self.chunk_scores = SCORES_IN_CACHE if query.device.type == "cpu" else SCORES_ON_DEVICE
+        self.budget = BUDGET.of(query.device)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Whole images while they fit, else rows of windows."""
+        """Some rows of windows of some images."""
         rows, columns = (axis.count for axis in self.axes)
-        row_scores = columns * self.heads * self.tokens**2
-        images = min(self.batch, max(1, self.chunk_scores // (rows * row_scores)))
-        step = min(rows, max(1, self.chunk_scores // row_scores))
+        of_images, of_rows = chunk_ranges(self.batch, rows, columns * self.heads * self.tokens**2, self.budget)
         across = self.axes[1].pieces(0, columns)
-        ranges = [(row, min(row + step, rows)) for row in range(0, rows, step)]
-        plans = [(last - first, last == rows, self.axes[0].pieces(first, last)) for first, last in ranges]
-        for image in range(0, self.batch, images):
-            for count, is_last, down in plans:
-                pieces = list(product(down, across))
-                yield Chunk(image, min(images, self.batch - image), count, is_last, pieces)
+        pieces = [list(product(self.axes[0].pieces(part.start, part.stop), across)) for part in of_rows]
+        for images in of_images:
+            for part, found in zip(of_rows, pieces, strict=True):
+                count = part.stop - part.start
+                yield Chunk(images.start, images.stop - images.start, count, part.stop == rows, found)
 
     def load(self, tokens: Tensor, chunk: Chunk, buffer: Buffer) -> Tensor:
         """Gather the windows of a chunk into (windows * heads, tokens, channels), in the buffer."""
@@ -131,14 +126,14 @@ class Windows:
         return windows.flatten(0, 2).flatten(2, 3)
 
     def _gather(self, tokens: Tensor, windows: Tensor, chunk: Chunk) -> None:
-        for of_map, of_windows in self._pairs(tokens, windows, chunk):
-            of_windows.copy_(of_map)
+        for in_map, in_windows in self._pairs(tokens, windows, chunk):
+            in_windows.copy_(in_map)
 
     def store(self, windows: Tensor, tokens: Tensor, chunk: Chunk) -> None:
         """Write (windows * heads, tokens, channels) or (windows, heads, tokens, channels) back into the map."""
         windows = windows.view(self._shape(chunk, tokens))
-        for of_map, of_windows in self._pairs(tokens, windows, chunk):
-            of_map.copy_(of_windows)
+        for in_map, in_windows in self._pairs(tokens, windows, chunk):
+            in_map.copy_(in_windows)
 
     def _shape(self, chunk: Chunk, tokens: Tensor) -> tuple[int, ...]:
         return (chunk.images, chunk.rows, self.axes[1].count, self.heads, *self.window, tokens.shape[-1])
@@ -171,10 +166,11 @@ class Windows:
         shape = (*self.window, *self.window)
         rows = vertical.tears(like.device)[:, None, :, None] if vertical.shift else None
         columns = horizontal.tears(like.device)[None, :, None, :] if horizontal.shift else None
-        return tuple(
+        last_row, last_column = (
             None if torn is None else _minus_infinity(torn.expand(shape).reshape(self.tokens, self.tokens), dtype)
             for torn in (rows, columns)
         )
+        return last_row, last_column
 
 
 def _minus_infinity(where: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,14 +182,14 @@ class Scores:
 
     def __init__(self, windows: Windows, query: Tensor, table: Optional[Tensor], scale: Optional[float]) -> None:
         self.windows = windows
-        self.dtype = statistics_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.products = Buffer(query.dtype, query.device)
-        self.scale = windows.head_dim**-0.5 if scale is None else scale
+        self.scale = scale_of(scale, windows.head_dim)
         self.bias = windows.bias(table, self.dtype)
         self.masks = windows.masks(query, self.dtype)
 
     def __call__(self, query: Tensor, key: Tensor, chunk: Chunk) -> Tensor:
-        """(windows * heads, tokens, tokens) in the dtype of statistics."""
+        """(windows * heads, tokens, tokens) in float32 (float64 for float64 inputs)."""
         windows = self.windows
         scores = self.products.product(query, key.transpose(1, 2), self.scale).to(self.dtype)
         by_window = scores.view(-1, chunk.rows, windows.axes[1].count, windows.heads, windows.tokens, windows.tokens)
@@ -240,9 +236,9 @@ def forward(
     inputs = [(tokens, Buffer(tokens.dtype, tokens.device)) for tokens in (query, key, value)]
     for chunk in windows.chunks():
         queries, keys, values = (load(tokens, chunk, buffer) for tokens, buffer in inputs)
-        result, statistic = attend(score, queries, keys, values, chunk)
+        result, lse = attend(score, queries, keys, values, chunk)
         windows.store(result, output, chunk)
-        windows.store(statistic, logsumexp, chunk)
+        windows.store(lse, logsumexp, chunk)
     return output, logsumexp.squeeze(-1)
 
 
@@ -259,12 +255,10 @@ def _attend_seen(
 ) -> tuple[Tensor, Tensor]:
     """The same, with hidden pairs left out where they are given."""
     scores = hide(score(query, key, chunk), hidden, float("-inf"))
-    largest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
+    weights, total, lse = exponentials(scores)
     rounded = weights.to(value.dtype)
     result = torch.bmm(rounded, value) if hidden is None else product_of_seen(rounded, hidden, value)
-    return result.to(score.dtype).div_(total), total.log_().add_(largest)
+    return result.to(score.dtype).div_(total), lse
 
 
 def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -273,12 +267,10 @@ def _attend_at_once(score: Scores, query: Tensor, key: Tensor, value: Tensor, ch
     It takes some NaN for masked keys, and infinities in bfloat16 for numbers: then the scores are stored after all.
     """
     bias = None if score.bias is None else score.bias[None]
-    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=bias, scale=score.scale
-    )
-    # With fewer keys than a vector register holds the logsumexp does not tell of rows that are NaN throughout.
+    output, logsumexp = attend_on_cpu(query, key, value, bias, score.scale)
     if is_tainted(logsumexp) or (score.windows.tokens < FEW_KEYS and is_tainted(query, key)):
-        return _attend(score, *(tokens.flatten(0, 1) for tokens in (query, key, value)), chunk)
+        query, key, value = (tokens.flatten(0, 1) for tokens in (query, key, value))
+        return _attend(score, query, key, value, chunk)
     return output, logsumexp.contiguous()
 
 
@@ -305,36 +297,41 @@ def backward(
     windows = Windows(query, window_size, partition, shift)
     score = Scores(windows, query, relative_position_bias, scale)
     wanted = zip((query, key, value), needs_gradient[:3], strict=True)
-    gradients = into or [tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted]
-    of_bias = query.new_zeros((windows.heads, windows.tokens, windows.tokens), dtype=score.dtype)
+    gradients: Sequence[Optional[Tensor]] = into or [
+        tensor.new_empty(tensor.shape) if needed else None for tensor, needed in wanted
+    ]
+    grad_bias = query.new_zeros((windows.heads, windows.tokens, windows.tokens), dtype=score.dtype)
     buffers = [Buffer(query.dtype, query.device) for _ in range(8)]
     for chunk in windows.chunks():
         loaded = zip((query, key, value, grad_output), buffers[:4], strict=True)
         inputs = [windows.load(tokens, chunk, buffer) for tokens, buffer in loaded]
         # Not exp(scores - logsumexp): that would carry over the rounding of a large logsumexp, for the same time.
-        weights = score(*inputs[:2], chunk).softmax(-1)
-        of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:])
-        if any(windows.shifts) and _are_tainted(of_scores, *results):
+        weights = score(inputs[0], inputs[1], chunk).softmax(-1)
+        grad_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:])
+        if any(windows.shifts) and _are_tainted(grad_scores, *results):
             hidden = score.hidden(chunk)
-            weights = hide(hide(score(*inputs[:2], chunk), hidden, float("-inf")).softmax(-1), hidden, 0.0)
-            of_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:], hidden)
-        if needs_gradient[3]:
-            of_bias.add_(of_scores.view(-1, *of_bias.shape).sum(0))
+            weights = hide(hide(score(inputs[0], inputs[1], chunk), hidden, float("-inf")).softmax(-1), hidden, 0.0)
+            grad_scores, *results = _chunk_gradients(weights, inputs, score.scale, needs_gradient, buffers[4:], hidden)
+        if needs_gradient[3] and grad_scores is not None:
+            grad_bias.add_(grad_scores.view(-1, *grad_bias.shape).sum(0))
         for result, gradient in zip(results, gradients, strict=True):
-            if gradient is not None:
+            if result is not None and gradient is not None:
                 windows.store(result, gradient, chunk)
-    result = [gradient for gradient in gradients if gradient is not None]
-    if needs_gradient[3]:
-        result.append(_to_table(of_bias, relative_position_bias, windows.window))
-    return result
+    needed = [gradient for gradient in gradients if gradient is not None]
+    if relative_position_bias is not None and needs_gradient[3]:
+        needed.append(_to_table(grad_bias, relative_position_bias, windows.window))
+    return needed
 
 
 def _are_tainted(
-    of_scores: Optional[Tensor], of_query: Optional[Tensor], of_key: Optional[Tensor], of_value: Optional[Tensor]
+    grad_scores: Optional[Tensor],
+    grad_query: Optional[Tensor],
+    grad_key: Optional[Tensor],
+    grad_value: Optional[Tensor],
 ) -> bool:
     """Whether gradients of a chunk may not be finite: a NaN of any input is in those of queries and of keys."""
-    narrow = of_key if of_query is None else of_query
-    return is_tainted(narrow) if narrow is not None else is_tainted(of_scores, of_value)
+    narrow = grad_key if grad_query is None else grad_query
+    return is_tainted(narrow) if narrow is not None else is_tainted(grad_scores, grad_value)
 
 
 def _chunk_gradients(
@@ -352,7 +349,7 @@ def _chunk_gradients(
     """
     query, key, value, grad_output = inputs
     for_scores, for_query, for_key, for_value = buffers
-    of_scores = of_query = of_key = of_value = None
+    grad_scores = grad_query = grad_key = grad_value = None
 
     def product(buffer: Buffer, pairs: Tensor, tokens: Tensor, factor: float = 1.0) -> Tensor:
         if hidden is None:
@@ -360,21 +357,20 @@ def _chunk_gradients(
         return product_of_seen(pairs, hidden, tokens).mul_(factor)  # the border separates both ways
 
     if needs_gradient[2]:
-        of_value = product(for_value, weights.to(value.dtype).transpose(1, 2), grad_output)
+        grad_value = product(for_value, weights.to(value.dtype).transpose(1, 2), grad_output)
     if any((needs_gradient[0], needs_gradient[1], needs_gradient[3])):
-        of_weights = hide(for_scores.product(grad_output, value.transpose(1, 2)).to(weights.dtype), hidden, 0.0)
-        of_scores = of_weights.mul_(weights)
-        of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
-        rounded = hide(of_scores, hidden, 0.0).to(query.dtype)
+        grad_weights = hide(for_scores.product(grad_output, value.transpose(1, 2)).to(weights.dtype), hidden, 0.0)
+        grad_scores = grad_scores_of(grad_weights, weights)
+        rounded = hide(grad_scores, hidden, 0.0).to(query.dtype)
     if needs_gradient[0]:
-        of_query = product(for_query, rounded, key, scale)
+        grad_query = product(for_query, rounded, key, scale)
     if needs_gradient[1]:
-        of_key = product(for_key, rounded.transpose(1, 2), query, scale)
-    return of_scores, of_query, of_key, of_value
+        grad_key = product(for_key, rounded.transpose(1, 2), query, scale)
+    return grad_scores, grad_query, grad_key, grad_value
 
 
-def _to_table(of_bias: Tensor, table: Tensor, window: Sequence[int]) -> Tensor:
+def _to_table(grad_bias: Tensor, table: Tensor, window: Sequence[int]) -> Tensor:
     """Sum (heads, tokens, tokens) over the pairs that read the same entry of the table."""
-    result = of_bias.new_zeros(table.shape)
-    result.flatten(1).index_add_(1, bias_index(window, table.device).flatten(), of_bias.flatten(1))
+    result = grad_bias.new_zeros(table.shape)
+    result.flatten(1).index_add_(1, bias_index(window, table.device).flatten(), grad_bias.flatten(1))
     return result

@@ -14,7 +14,7 @@ from vicinal.eval.bench import command, ops, ops_cases
 from vicinal.eval.bench.measure import peak_bytes
 
 
-@pytest.mark.parametrize("op", ops.SHAPES)
+@pytest.mark.parametrize("op", ops_cases.EAGER)
 def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.csv"
     arguments = ["ops", "--op", op, "--dtype", "bfloat16", "--repeats", "1", "--shapes", "small", "--csv", str(path)]
@@ -22,7 +22,7 @@ def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     with path.open() as file:
         rows = list(csv.DictReader(file))
     cases = {(row["shape"], row["step"], row["implementation"]) for row in rows}
-    shapes = ["x".join(map(str, shape)) for shape in ops.SHAPES[op]["small"]]
+    shapes = ["x".join(map(str, shape)) for shape in ops.shapes_of(op, "small")]
     implementations = ("tiled", "reference", "eager")  # fused refuses the CPU
     assert cases == {(shape, step, name) for shape in shapes for step in ops.STEPS for name in implementations}
     for row in rows:
@@ -35,9 +35,9 @@ def test_table_and_csv(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert printed.count(op) == len(rows)
 
 
-@pytest.mark.parametrize("op", ops.SHAPES)
+@pytest.mark.parametrize("op", ops_cases.EAGER)
 def test_compared_implementations_agree(op: str) -> None:
-    shapes = [(2, 14, 21, 2, 8), (1, 7, 7, 1, 8)] if "window" in op or "neigh" in op else ops_cases.SHAPES[op]["small"]
+    shapes = [(2, 14, 21, 2, 8), (1, 7, 7, 1, 8)] if "window" in op or "neigh" in op else ops.shapes_of(op, "small")
     for shape in shapes:
         problem = ops_cases.make_problem(op, shape, torch.float64)
         leaves = [leaf.detach().double().requires_grad_() for leaf in problem.leaves]

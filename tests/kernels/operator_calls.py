@@ -1,7 +1,7 @@
-"""How `test_contract.py` calls each operator: a new operator joins by an entry in CALLS."""
+"""How `test_contract.py` calls each operator, with its examples: a new operator joins by an entry in CALLS."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +19,34 @@ from vicinal.kernels import (
     window_attention,
     window_attention_packed,
 )
+from vicinal.kernels.dispatch import OPERATORS
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """An operator with options, and a map that its sizes may grow from in steps of `step`."""
+    """An operator with the options of an example, whose map may grow in steps of `step`.
+
+    Attributes:
+        example: name of a small example of the operator.
+        keys: of each query.
+        bias: shape, for one head, of the tensor that is given beside query, key and value.
+        bias_argument: name of that tensor.
+    """
 
     function: Callable[..., Tensor]
-    options: dict[str, Any]
-    operands: tuple[Any, ...]
-    bias: tuple[int, ...]
+    example: str
     keys: int
-    map: tuple[int, int] = (8, 8)
+    bias: tuple[int, ...]
+    bias_argument: str = "relative_position_bias"
     step: int = 4
-    heads: int = 2
-    head_dim: int = field(default=8)
+
+    def __post_init__(self) -> None:
+        name = self.function.__name__
+        example = OPERATORS[name.removesuffix("_packed")].examples.small[self.example]
+        _, *self.map, self.heads, self.head_dim = example.shapes[0]
+        self.options = example.options
+        self.names = OPERATORS[name].names
+        self.differentiable = [self.names[index] for index in OPERATORS[name].differentiable]
 
     @property
     def operator(self) -> Any:
@@ -48,50 +61,47 @@ class Call:
         shape = (batch, *self.map, self.heads, self.head_dim)
         return [*random_inputs(shape, dtype, layout), torch.randn(self.heads, *self.bias, dtype=dtype)]
 
+    def named(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """The tensors of a call by name; those of the example that are not here are left out."""
+        return {"query": query, "key": key, "value": value, self.bias_argument: bias}
+
     def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        return self.function(query, key, value, relative_position_bias=bias, **self.options)
+        return self.function(**self.named(query, key, value, bias), **self.options)
 
     def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
         """Arguments of the registered operator."""
-        return (query, key, value, *self.operands, bias, None)
+        filled = {**self.options, **self.named(query, key, value, bias)}
+        return tuple(filled.get(name) for name in self.names)
 
     def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
         """needs_gradient of the backward operator."""
-        return [query, key, value, bias]
+        needed = {"query": query, "key": key, "value": value, self.bias_argument: bias}
+        return [needed.get(name, False) for name in self.differentiable]
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedCall(Call):
     """Query, key and value in one tensor."""
 
-    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        packed = torch.stack([query, key, value], -3)
-        return self.function(packed, relative_position_bias=bias, **self.options)
-
-    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
-        return (torch.stack([query, key, value], -3), *self.operands, bias, None)
+    def named(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        return {"packed": torch.stack([query, key, value], -3), self.bias_argument: bias}
 
     def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
         return [query or key or value, bias]
 
 
-@dataclass(frozen=True)
+@dataclass
 class AggregatedCall(Call):
     """Pooled tokens without gradient; the bias is that of the neighbours."""
 
-    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    bias_argument: str = "local_bias"
+
+    def named(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         pooled = key.detach()[:, :2, :2].flatten(1, 2)
-        return self.function(query, key, value, pooled, pooled, local_bias=bias, **self.options)
-
-    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
-        pooled = key.detach()[:, :2, :2].flatten(1, 2)
-        return (query, key, value, pooled, pooled, *self.operands, bias, None, None, 1.0)
-
-    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
-        return [query, key, value, False, False, bias, False, False]
+        return {**super().named(query, key, value, bias), "pooled_key": pooled, "pooled_value": pooled}
 
 
-@dataclass(frozen=True)
+@dataclass
 class GatedCall(Call):
     """The scores of position and the gate come from the bias, so that they follow the size of the map."""
 
@@ -115,26 +125,21 @@ class GatedCall(Call):
         return [query, key, value, bias, bias]
 
 
-@dataclass(frozen=True)
+@dataclass
 class HaloCall(Call):
     """The bias is one of the relative logits, the same for every query."""
 
-    def run(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        logits = expand_over_queries(bias, query)
-        return self.function(query, key, value, relative_height_logits=logits, **self.options)
+    bias_argument: str = "relative_height_logits"
 
-    def arguments(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple:
-        return (query, key, value, *self.operands, expand_over_queries(bias, query), None, False, None)
-
-    def flags(self, query: bool, key: bool, value: bool, bias: bool) -> list[bool]:
-        return [query, key, value, bias, False]
+    def named(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        return super().named(query, key, value, expand_over_queries(bias, query))
 
 
 def expand_over_queries(bias: Tensor | None, query: Tensor) -> Tensor | None:
     return None if bias is None else bias.expand(query.shape[0], query.shape[1], query.shape[2], -1, -1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RoutedCall(Call):
     """A map is its regions and their tokens; each sees itself and its mirror image. The bias is added to the output."""
 
@@ -154,7 +159,7 @@ class RoutedCall(Call):
         return [query, key, value]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RoutedMapCall(RoutedCall):
     """The map divided into 2 x 2 regions in place, and packed."""
 
@@ -178,44 +183,14 @@ class RoutedMapCall(RoutedCall):
 
 
 CALLS = {
-    "window": Call(
-        window_attention,
-        {"window_size": 4, "shift": (1, 2)},
-        ([4, 4], "block", [1, 2]),
-        (7, 7),
-        keys=16,
-    ),
-    "grid": Call(
-        window_attention,
-        {"window_size": (4, 2), "partition": "grid"},
-        ([4, 2], "grid", [0]),
-        (7, 3),
-        keys=8,
-    ),
-    "neighborhood": Call(
-        neighborhood_attention,
-        {"kernel_size": 3, "dilation": (2, 1)},
-        ([3], [1], [2, 1], [False]),
-        (5, 5),
-        keys=9,
-    ),
-    "packed window": PackedCall(
-        window_attention_packed,
-        {"window_size": 4, "shift": (1, 2)},
-        ([4, 4], "block", [1, 2]),
-        (7, 7),
-        keys=16,
-    ),
-    "packed neighborhood": PackedCall(
-        neighborhood_attention_packed,
-        {"kernel_size": 3, "dilation": (2, 1)},
-        ([3], [1], [2, 1], [False]),
-        (5, 5),
-        keys=9,
-    ),
-    "aggregated": AggregatedCall(aggregated_attention, {"window_size": 3}, (3,), (9,), keys=9 + 4),
-    "gated": GatedCall(gated_positional_attention, {}, (), (3,), keys=64),
-    "routed": RoutedCall(routed_attention, {}, (), (8,), keys=16),
-    "packed routed map": RoutedMapCall(routed_attention_packed, {}, (), (8,), keys=32),
-    "halo": HaloCall(halo_attention, {"block_size": 4, "halo_size": 1}, (4, 1), (6,), keys=36),
+    "window": Call(window_attention, "shifted", keys=16, bias=(7, 7)),
+    "grid": Call(window_attention, "grid", keys=8, bias=(7, 3)),
+    "neighborhood": Call(neighborhood_attention, "dilated", keys=9, bias=(5, 5)),
+    "packed window": PackedCall(window_attention_packed, "shifted", keys=16, bias=(7, 7)),
+    "packed neighborhood": PackedCall(neighborhood_attention_packed, "dilated", keys=9, bias=(5, 5)),
+    "aggregated": AggregatedCall(aggregated_attention, "neighbours", keys=9 + 4, bias=(9,)),
+    "gated": GatedCall(gated_positional_attention, "map", keys=64, bias=(3,)),
+    "routed": RoutedCall(routed_attention, "regions", keys=16, bias=(8,)),
+    "packed routed map": RoutedMapCall(routed_attention_packed, "regions", keys=32, bias=(8,)),
+    "halo": HaloCall(halo_attention, "blocks", keys=36, bias=(6,)),
 }

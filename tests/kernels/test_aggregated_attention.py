@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vicinal.kernels import aggregated_attention, backend
 from vicinal.kernels.aggregated import aggregate, aggregated_attention_weights, tiled
+from vicinal.kernels.tiling import Budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("query", "key", "value", "pooled_key", "pooled_value", "local_bias", "pooled_bias", "value_weights")
@@ -148,7 +149,7 @@ def test_result_does_not_depend_on_the_strips(monkeypatch: pytest.MonkeyPatch, s
     case = Case(map=(13, 9), batch=3, dtype=torch.float64, bias_dtype=torch.float64)
     tensors = case.inputs()
     expected = run_with_gradients(case.run, tensors, tensors)
-    monkeypatch.setattr(tiled, "SCORES_IN_CACHE", scores)
+    monkeypatch.setattr(tiled, "BUDGET", Budget(scores))
     for name, tensor in run_with_gradients(case.run, tensors, tensors).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vicinal.kernels import backend, explain, halo_attention, neighborhood_attention, window_attention
+from vicinal.kernels.dispatch import OPERATORS
 
 
 class Mixer(nn.Module):
@@ -60,6 +61,10 @@ def call(request: pytest.FixtureRequest) -> Call:
     return request.param
 
 
+def test_every_operator_is_called() -> None:
+    assert {call.function.__name__ for call in CALLS.values()} == set(OPERATORS)
+
+
 def step_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     """The output and all parameter gradients of one training step."""
     output = module(x)
@@ -81,17 +86,17 @@ def test_opcheck(call: Call, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "statistics"),
+    ("dtype", "accumulation"),
     [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
     ids=str,
 )
-def test_opcheck_of_fake_results_in_other_dtypes(call: Call, dtype: torch.dtype, statistics: torch.dtype) -> None:
+def test_opcheck_of_fake_results_in_other_dtypes(call: Call, dtype: torch.dtype, accumulation: torch.dtype) -> None:
     """The logsumexp has not the dtype of the query, nor has the gradient of a bias."""
     arguments = call.arguments(*call.inputs(dtype))
     torch.library.opcheck(call.operator.default, arguments, test_utils="test_faketensor")
     on_meta = [value.to("meta") if isinstance(value, Tensor) else value for value in arguments]
     for output, logsumexp in (call.operator(*arguments), call.operator(*on_meta)):
-        assert (output.dtype, logsumexp.dtype) == (dtype, statistics)
+        assert (output.dtype, logsumexp.dtype) == (dtype, accumulation)
         assert logsumexp.shape == output.shape[:-1]
     output, logsumexp = call.operator(*arguments)
     backward = (torch.ones_like(output), output, logsumexp, call.flags(True, True, True, True), *arguments)

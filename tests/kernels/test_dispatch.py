@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vicinal.kernels import backend, explain, window_attention
 from vicinal.kernels.checks import check_attention_inputs
-from vicinal.kernels.dispatch import Operator, selected_backend
+from vicinal.kernels.dispatch import OPERATORS, Operator, selected_backend
+from vicinal.kernels.examples import Example, Examples
 
 TOKENS = torch.randn(2, 4, 8)
 
@@ -45,6 +46,7 @@ def make_operator(name: str, fused: str | None) -> Operator:
         ),
         reference=lambda query, key, value, heads: 1.0 * query,
         tiled=implementation(2.0),
+        examples=Examples({}, Example, {}),
         keys_per_query=lambda query, key, value, heads: query[1],
         fused=fused,
     )
@@ -52,11 +54,15 @@ def make_operator(name: str, fused: str | None) -> Operator:
 
 TOY = make_operator("toy", FUSED.__name__)
 MISSING = make_operator("toy_with_missing_package", "vicinal_no_such_package")
+for toy in (TOY, MISSING):
+    del OPERATORS[toy.name]  # the tests of all operators ask the registry
 
 
 @pytest.fixture(autouse=True)
 def fused_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, FUSED.__name__, FUSED)
+    for toy in (TOY, MISSING):
+        monkeypatch.setitem(OPERATORS, toy.name, toy)
     monkeypatch.delenv("VICINAL_KERNELS", raising=False)
 
 

@@ -17,6 +17,7 @@ from vicinal.kernels.gated import (
     gated_positional_attention_weights,
     tiled,
 )
+from vicinal.kernels.tiling import Budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("query", "key", "value", "position_scores", "gate")
@@ -95,7 +96,7 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, s
     case = Case(map=(5, 6), batch=5, dtype=torch.float64, position_dtype=torch.float64)
     tensors = case.inputs()
     expected = run_with_gradients(case.run, tensors, tensors)
-    monkeypatch.setattr(tiled, "SCORES_IN_CACHE", scores)
+    monkeypatch.setattr(tiled, "BUDGET", Budget(scores))
     for name, tensor in run_with_gradients(case.run, tensors, tensors).items():
         # sums over images change their order
         torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)

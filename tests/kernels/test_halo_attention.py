@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vicinal.kernels import backend, halo_attention, window_attention
 from vicinal.kernels.halo import aggregate, halo_attention_weights, tiled
+from vicinal.kernels.tiling import Budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("query", "key", "value", "relative_height_logits", "relative_width_logits")
@@ -133,7 +134,7 @@ def test_chunks_of_rows_and_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(blocks=(3, 2), block=4, halo=3, batch=3, mask_padding=True, dtype=torch.float64)
     expected = run_with_gradients(case.run, case.inputs(), TENSORS)
     for scores in (1, 2 * 2 * 2 * 400, 1 << 30):
-        monkeypatch.setattr(tiled, "SCORES_IN_CACHE", scores)
+        monkeypatch.setattr(tiled, "BUDGET", Budget(scores))
         actual = run_with_gradients(case.run, case.inputs(), TENSORS)
         for name, tensor in actual.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)

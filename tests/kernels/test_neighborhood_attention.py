@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicinal.kernels import backend
 from vicinal.kernels.neighborhood import aggregate, neighborhood_attention, neighborhood_attention_weights, tiled
+from vicinal.kernels.tiling import Budget
 from vicinal.kernels.window import window_attention
 
 TENSORS = ("query", "key", "value", "relative_position_bias")
@@ -279,7 +280,7 @@ def test_memory_does_not_grow_with_the_window() -> None:
     with LargestTensor() as largest:
         output, logsumexp = tiled.forward(query, key, value, *options)
         tiled.backward(output, output, logsumexp, [True, True, True, False], query, key, value, *options)
-    assert largest.elements <= max(query.numel(), tiled.SCORES_IN_CACHE)
+    assert largest.elements <= max(query.numel(), tiled.BUDGET.in_cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -348,7 +349,7 @@ def test_layouts_of_the_output_gradient(arrange: str) -> None:
 @pytest.mark.parametrize("scores", [1, 20_000])
 def test_pieces_of_any_size(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of equal tiles are halved along both axes, down to single tiles."""
-    monkeypatch.setattr(tiled, "SCORES_IN_CACHE", scores)
+    monkeypatch.setattr(tiled, "BUDGET", Budget(scores))
     assert_accurate(Case((36, 44), 3, dilation=(1, 2), batch=3))
 
 

@@ -24,6 +24,7 @@ from vicinal.kernels import (
     window_attention_packed,
 )
 from vicinal.kernels.nonfinite import product_of_seen
+from vicinal.kernels.tiling import Budget
 
 HEIGHT, WIDTH, HEADS, HEAD_DIM = 7, 9, 2, 4
 CELLS = list(itertools.product(range(HEIGHT), range(WIDTH)))
@@ -177,7 +178,7 @@ def test_what_is_not_finite_reaches_only_those_that_see_it(
     """
     if number == -math.inf:
         for module in (neighborhood.tiled, window.tiled, aggregated_operator.tiled):
-            monkeypatch.setattr(module, "SCORES_IN_CACHE", 1)
+            monkeypatch.setattr(module, "BUDGET", Budget(1))
     case, dtype = CASES[name], torch.bfloat16 if number == math.inf else torch.float32
     tensors, visible = case.tensors(dtype), case.visible()
     with backend("tiled"):

@@ -10,55 +10,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from vicinal.kernels import (
-    aggregated_attention,
-    backend,
-    gated_positional_attention,
-    halo_attention,
-    neighborhood_attention,
-    neighborhood_attention_packed,
-    routed_attention,
-    routed_attention_packed,
-    window_attention,
-    window_attention_packed,
-)
+from vicinal.kernels import aggregated_attention, backend, halo_attention, neighborhood_attention
+from vicinal.kernels.dispatch import OPERATORS
 
 MAP = torch.randn(1, 8, 8, 2, 8)
-ROUTES = torch.zeros(1, 4, 1, dtype=torch.long)
-
-# How to call each operator, the sizes that it takes, and a value of each.
-OPERATORS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
-    "window": (lambda x, **o: window_attention(x, x, x, **o), {"window_size": 4, "shift": 0}),
-    "packed window": (
-        lambda x, **o: window_attention_packed(torch.stack([x] * 3, -3), **o),
-        {"window_size": 4, "shift": 0},
-    ),
-    "neighborhood": (
-        lambda x, **o: neighborhood_attention(x, x, x, **o),
-        {"kernel_size": 3, "stride": 1, "dilation": 1},
-    ),
-    "packed neighborhood": (
-        lambda x, **o: neighborhood_attention_packed(torch.stack([x] * 3, -3), **o),
-        {"kernel_size": 3, "stride": 1, "dilation": 1},
-    ),
-    "halo": (lambda x, **o: halo_attention(x, x, x, **o), {"block_size": 4, "halo_size": 1}),
-    "aggregated": (lambda x, **o: aggregated_attention(x, x, x, x[:, 0], x[:, 0], **o), {"window_size": 3}),
-    "routed": (lambda x, **o: routed_attention(*[x.view(1, 4, 16, 2, 8)] * 3, ROUTES, **o), {}),
-    "packed routed": (
-        lambda x, **o: routed_attention_packed(torch.stack([x.view(1, 4, 16, 2, 8)] * 3, -3), ROUTES, **o),
-        {},
-    ),
-    "gated": (
-        lambda x, **o: gated_positional_attention(x, x, x, torch.zeros(2, 64, 64), torch.zeros(2), **o),
-        {},
-    ),
-}
-SIZES = [(name, option) for name, (_, sizes) in OPERATORS.items() for option in sizes]
+SIZES = [
+    (operator.name, name)
+    for operator in OPERATORS.values()
+    for name, kind in zip(operator.names, operator.kinds, strict=True)
+    if kind in ("int", "List[int]")
+]
 NO_SIZES = [
     *(2**63, -(2**63) - 1, 2**62, 2**62 + 1, 2**31 + 1, 10**9 + 1, 10**5000, -1),
     *(True, 3.0, math.nan, "3", None, fractions.Fraction(3), np.float32(3), np.bool_(True), np.array([3, 3])),
     *(torch.tensor(3), (3, 2**63), (), (3, 3, 3, 3), [[3, 3]], {3}),
 ]
+
+
+def run(name: str, leaves: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
+    """Call an operator with the last of its small examples, of zeros where no tensors are given, and these options."""
+    operator = OPERATORS[name]
+    *_, example = operator.examples.small.values()
+    arguments = example.bind(example.leaves(torch.float32, torch.zeros) if leaves is None else leaves)
+    return operator(*{**dict(zip(operator.names, arguments, strict=True)), **options}.values())
 
 
 def refusal(function: Callable[..., Tensor], *args: Any, **options: Any) -> str:
@@ -70,10 +44,9 @@ def refusal(function: Callable[..., Tensor], *args: Any, **options: Any) -> str:
 @pytest.mark.parametrize("backend_name", ["reference", "tiled"])
 @pytest.mark.parametrize(("name", "option"), SIZES)
 def test_what_is_no_size_of_a_map(name: str, option: str, backend_name: str) -> None:
-    function, sizes = OPERATORS[name]
     with backend(backend_name):
         for value in NO_SIZES:
-            message = refusal(function, MAP, **{**sizes, option: value})
+            message = refusal(run, name, **{option: value})
             assert message.startswith((f"{option}=", "kernel_size=", "shift=", "stride="))
             assert "\n" not in message
             assert len(message) < 300
@@ -82,7 +55,6 @@ def test_what_is_no_size_of_a_map(name: str, option: str, backend_name: str) -> 
 @pytest.mark.parametrize("backend_name", ["reference", "tiled"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_what_is_no_scale(name: str, backend_name: str) -> None:
-    function, sizes = OPERATORS[name]
     with backend(backend_name):
         for value in (
             1e300,
@@ -94,23 +66,26 @@ def test_what_is_no_scale(name: str, backend_name: str) -> None:
             math.nan,
             fractions.Fraction(10**400),
         ):
-            assert refusal(function, MAP, **sizes, scale=value).startswith("scale=")
+            assert refusal(run, name, scale=value).startswith("scale=")
         for value in ("1", True, 1j, [1.0], torch.tensor(1.0), np.array(1.0)):
-            assert "must be a number or None" in refusal(function, MAP, **sizes, scale=value)
+            assert "must be a number or None" in refusal(run, name, scale=value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_largest_scale_runs_forward_and_backward(name: str, dtype: torch.dtype) -> None:
     """Between keys of zero every scale leaves an average of values: the gradient of their sum is one for each query."""
-    function, sizes = OPERATORS[name]
-    x = torch.zeros_like(MAP, dtype=dtype).requires_grad_()
+    *_, example = OPERATORS[name].examples.small.values()
+    leaves = example.leaves(dtype, torch.zeros)
+    tokens = [leaves[name].requires_grad_() for name in ("packed", "pooled") if name in leaves]
     with backend("tiled"):
-        output = function(x, **sizes, scale=8e307 if dtype == torch.float64 else 1.7e38)
+        output = run(name, leaves, scale=8e307 if dtype == torch.float64 else 1.7e38)
         output.sum().backward()
     assert not output.any()
-    seen = (5 / 6) ** 2 if name == "halo" else 1.0  # in each corner the window of 6 x 6 has 5 x 5 tokens of the map
-    assert x.grad.double().sum().item() == pytest.approx(seen * output.numel(), rel=1e-2)
+    # In each corner the window of 6 x 6 has 5 x 5 tokens of the map.
+    seen = (5 / 6) ** 2 if name == "halo_attention" else 1.0
+    total = sum(x.grad.double().sum().item() for x in tokens)
+    assert total == pytest.approx(seen * output.numel(), rel=1e-2)
 
 
 def test_numbers_of_other_kinds_count_as_themselves() -> None:

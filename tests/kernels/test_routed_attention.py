@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vicinal.kernels import backend, routed_attention, routed_attention_packed, window_attention
 from vicinal.kernels.routed import aggregate, routed_attention_weights, tiled
+from vicinal.kernels.tiling import Budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("query", "key", "value")
@@ -121,7 +122,7 @@ def test_both_plans_in_chunks_of_any_size(
 ) -> None:
     """The same case on both plans; small chunks cut an image between regions, large ones hold several images."""
     monkeypatch.setattr(tiled, "plan", plan)
-    monkeypatch.setattr(tiled, "NUMBERS_IN_CACHE", numbers)
+    monkeypatch.setattr(tiled, "BUDGET", Budget(numbers))
     check_against_definition(case)
 
 

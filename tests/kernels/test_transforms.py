@@ -4,7 +4,7 @@ In float64. A central difference of step 1e-5 is off by some 1e-10 for its cut-o
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from math import prod
 
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from vicinal.kernels import backend
-from vicinal.kernels.dispatch import _OPERATORS, Operator
+from vicinal.kernels.dispatch import OPERATORS, Operator
 
 STEP = 1e-5
 ACCURACY = 1e-8
@@ -23,36 +23,14 @@ EXACT = 1e-13
 """Of the same sums in another order."""
 
 
-def randn(*shape: int) -> Tensor:
+def randn(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """In float64 whatever the call would have."""
     return torch.randn(shape, dtype=torch.float64)
 
 
-def tokens(*spatial: int, count: int = 3) -> list[Tensor]:
-    return [randn(2, *spatial, 2, 3) for _ in range(count)]
-
-
-# Every tensor that an operator takes is given; options are neither default nor trivial.
-ARGUMENTS: dict[str, Callable[[], tuple]] = {
-    "window_attention": lambda: (*tokens(4, 6), [2, 3], "block", [1, 1], randn(2, 3, 5), 0.7),
-    "neighborhood_attention": lambda: (*tokens(6, 5), [3, 2], [1], [2, 1], [False, True], randn(2, 5, 3), 0.7),
-    "halo_attention": lambda: (*tokens(4, 2), 2, 1, randn(2, 4, 2, 2, 4), randn(2, 4, 2, 2, 4), True, 0.7),
-    "aggregated_attention": lambda: (
-        *tokens(3, 4),
-        *tokens(2, count=2),
-        3,
-        randn(2, 9),
-        randn(2, 12, 2),
-        randn(2, 3, 4, 2, 9),
-        0.7,
-    ),
-    "routed_attention": lambda: (*tokens(4, 2), torch.randint(4, (2, 4, 2)), 0.7),
-    "gated_positional_attention": lambda: (*tokens(2, 3), randn(2, 6, 6), randn(2), 0.7),
-}
-for name in ("window_attention", "neighborhood_attention", "routed_attention"):
-    ARGUMENTS[f"{name}_packed"] = lambda name=name: (
-        torch.stack(ARGUMENTS[name]()[:3], -3),
-        *ARGUMENTS[name]()[3:],
-    )
+def arguments_of(operator: Operator) -> tuple:
+    """Every tensor that an operator takes is given; options are neither default nor trivial."""
+    return operator.examples.small["every argument"].make(torch.float64, randn)
 
 
 class Case:
@@ -61,7 +39,7 @@ class Case:
     def __init__(self, operator: Operator) -> None:
         torch.manual_seed(0)
         self.operator = operator
-        self.arguments = ARGUMENTS[operator.name]()
+        self.arguments = arguments_of(operator)
         self.point = tuple(self.arguments[index] for index in operator.differentiable)
         self.direction = tuple(map(torch.randn_like, self.point))
 
@@ -92,7 +70,7 @@ class Case:
         return central_difference(lambda *point: flat(self.gradients(*point)), self.point, self.direction)
 
 
-@pytest.fixture(scope="module", params=_OPERATORS.values(), ids=_OPERATORS.keys())
+@pytest.fixture(scope="module", params=OPERATORS.values(), ids=OPERATORS.keys())
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
@@ -112,9 +90,8 @@ def assert_near(actual: Tensor, expected: Tensor, accuracy: float = ACCURACY) ->
 
 
 def test_every_tensor_of_every_operator_is_given() -> None:
-    assert set(ARGUMENTS) == set(_OPERATORS)
-    for name, operator in _OPERATORS.items():
-        arguments = ARGUMENTS[name]()
+    for operator in OPERATORS.values():
+        arguments = arguments_of(operator)
         assert len(arguments) == len(operator.names)
         tensors = [index for index, kind in enumerate(operator.kinds) if "Tensor" in kind]
         assert all(isinstance(arguments[index], Tensor) for index in tensors)
@@ -253,7 +230,7 @@ def test_vmap_of_routes(case: Case) -> None:
 
 def test_compiled_transforms() -> None:
     """Code that is compiled enters forward mode in another way."""
-    case = Case(_OPERATORS["window_attention_packed"])
+    case = Case(OPERATORS["window_attention_packed"])
 
     def tangent(*point: Tensor) -> Tensor:
         with forward_ad.dual_level():
@@ -271,6 +248,6 @@ def test_compiled_transforms() -> None:
 
 def test_an_empty_batch_has_empty_tangents() -> None:
     query = torch.zeros(0, 4, 4, 2, 3)
-    operator = _OPERATORS["window_attention"]
+    operator = OPERATORS["window_attention"]
     tangent = jvp(lambda x: operator(x, query, query, 2, "block", 0, None, None), (query,), (query,))[1]
     assert (prod(tangent.shape), tangent.shape) == (0, query.shape)

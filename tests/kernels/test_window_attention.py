@@ -19,6 +19,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 
 from vicinal.kernels import backend, window_attention
+from vicinal.kernels.tiling import Budget
 from vicinal.kernels.window import aggregate, tiled, window_attention_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -154,7 +155,7 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, s
     case = Case(map=(16, 12), window=(4, 4), shift=shift, partition=partition, batch=5, dtype=torch.float64)
     tensors = case.inputs()
     expected = run_with_gradients(case.run, tensors, tensors)
-    monkeypatch.setattr(tiled, "SCORES_IN_CACHE", scores)
+    monkeypatch.setattr(tiled, "BUDGET", Budget(scores))
     for name, tensor in run_with_gradients(case.run, tensors, tensors).items():
         # Sums over windows change their order, and the gradient of the float32 table is rounded to float32.
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-12)
@@ -280,12 +281,12 @@ def test_weights_and_aggregate(partition: str, shift: tuple[int, int]) -> None:
 
 
 def test_memory_of_a_shifted_map_does_not_hold_all_scores() -> None:
-    """Scores of the whole batch would take 15 MB here; the output, the statistics and a chunk take less."""
+    """Scores of the whole batch would take 15 MB here; the output, the lse and a chunk take less."""
     query, key, value = random_inputs((4, 56, 56, 3, 8), torch.float32, "packed")
     with torch.profiler.profile(profile_memory=True) as profile:
         window_attention(query, key, value, 7, shift=3)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert largest <= 4 * tiled.SCORES_IN_CACHE
+    assert largest <= 4 * tiled.BUDGET.in_cache
 
 
 TENSOR = torch.randn(2, 8, 12, 2, 4)

@@ -302,3 +302,25 @@ def test_classes_that_only_resemble_timms_are_left_alone():
     acceleration = accelerate(model)
     assert acceleration.left == {"layers.0.blocks.1.attn": "OwnAttention"}
     assert len(acceleration.changed) == 3
+
+
+@pytest.mark.parametrize("keeps_the_old_method", [False, True])
+def test_a_timm_that_renamed_the_method_is_refused(monkeypatch: pytest.MonkeyPatch, keeps_the_old_method: bool):
+    """Its forward would go on with its own computation, and nothing would have become faster."""
+    model = create(CASES["swin"])
+    block = timm.models.swin_transformer.SwinTransformerBlock
+    monkeypatch.setattr(block, "_attention", block._attn, raising=False)
+    monkeypatch.setattr(block, "forward", lambda self, x: x + self._attention(self.norm1(x)))
+    if not keeps_the_old_method:
+        monkeypatch.delattr(block, "_attn")
+    with pytest.raises(RuntimeError, match=rf"SwinTransformerBlock of timm {timm.__version__} .* by _attn\(\), which"):
+        accelerate(model)
+    assert type(model.layers[0].blocks[0]) is block
+
+
+def test_a_method_that_is_called_by_another_is_found(monkeypatch: pytest.MonkeyPatch):
+    block = timm.models.swin_transformer.SwinTransformerBlock
+    forward = block.forward
+    monkeypatch.setattr(block, "run", forward, raising=False)
+    monkeypatch.setattr(block, "forward", lambda self, x: self.run(x))
+    assert len(accelerate(create(CASES["swin"])).changed) == 4

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import RunStopped
+from ...torch_internals import shared_storage
 from ..config import DataConfig
 from .decode import UnreadableImage
 from .images import IN_MEMORY
@@ -87,7 +88,7 @@ def _stack(images: tuple[Tensor, ...]) -> Tensor:
     if torch.utils.data.get_worker_info() is None:
         return torch.stack(images)
     shape = (len(images), *images[0].shape)
-    storage = torch.UntypedStorage._new_shared(images[0].nbytes * len(images), device="cpu")
+    storage = shared_storage(images[0].nbytes * len(images))
     return torch.stack(images, out=torch.empty(0, dtype=images[0].dtype).set_(storage, 0, shape))
 
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UserError, find_shortage, first_line
+from ...torch_internals import BatchNorm
 from ..config import TrainConfig
 from ..data.transforms import InputSpec
 
@@ -66,7 +66,7 @@ def _watch_norms(model: nn.Module) -> Iterator[list[str]]:
         module.register_forward_pre_hook(partial(note, name))
         for name, module in model.named_modules()
         # As set_training_mode does: beside frozen parameters only what has some to train leaves evaluation mode.
-        if isinstance(module, _BatchNorm) and (is_whole or any(part.requires_grad for part in module.parameters()))
+        if isinstance(module, BatchNorm) and (is_whole or any(part.requires_grad for part in module.parameters()))
     ]
     try:
         yield found

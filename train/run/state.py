@@ -16,10 +16,10 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...checkpoints import load, save, save_model, write_atomically
 from ...errors import UserError, find_shortage, first_line
+from ...torch_internals import BatchNorm
 from .folder import TRAINER_STATE
 from .fsdp import (
     empty_shards,
@@ -164,7 +164,7 @@ class TrainState:
             f"{average}.{name}.{key}": buffer
             for average in ((False, True) if self.task.has_ema() else (False,))
             for name, module in unwrap_model(self.task.get_trainable_module(ema=average)).named_modules()
-            if isinstance(module, _BatchNorm)
+            if isinstance(module, BatchNorm)
             for key, buffer in module.named_buffers(recurse=False)
         }
 

@@ -14,10 +14,10 @@ from timm.layers import LayerNorm2d, convert_sync_batchnorm
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...checkpoints import load
 from ...timm_internals import group_with_matcher
+from ...torch_internals import BatchNorm
 
 OUTPUT_NORMS = {"layer": partial(LayerNorm2d, eps=1e-5)}
 
@@ -124,7 +124,7 @@ class VicinalBackbone(BaseModule):
         for module in self.model.modules():
             parameters = list(module.parameters())
             is_frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-            if is_frozen or (self.norm_eval and isinstance(module, _BatchNorm)):
+            if is_frozen or (self.norm_eval and isinstance(module, BatchNorm)):
                 module.eval()
         return self
 

@@ -9,7 +9,7 @@ from operator_testing import LAYOUTS, assert_matches_definition, random_inputs, 
 from test_window_attention import TENSORS, Case, dense, draw
 
 from vicinal.kernels import backend, explain, window_attention
-from vicinal.kernels.dispatch import statistics_dtype
+from vicinal.kernels.dispatch import accumulation_dtype
 from vicinal.kernels.triton_common import interpreted
 from vicinal.kernels.window import fused
 
@@ -137,7 +137,7 @@ def test_logsumexp_and_large_scores(window: int) -> None:
         output, logsumexp = torch.ops.vicinal.window_attention(*arguments, *options)
     with backend("tiled"):
         expected = torch.ops.vicinal.window_attention(*arguments, *options)
-    assert logsumexp.dtype == statistics_dtype(output.dtype)
+    assert logsumexp.dtype == accumulation_dtype(output.dtype)
     # A score of this size is off by eps times itself, in the weights as in the logsumexp.
     rounding = torch.finfo(torch.float32).eps * expected[1].abs().max().item()
     torch.testing.assert_close(logsumexp, expected[1], rtol=0, atol=4 * rounding)
