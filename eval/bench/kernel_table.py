@@ -188,7 +188,7 @@ def run_case(case: Case, head_dim: int, dtype: torch.dtype, backward: bool, repe
 
 def _calls(case: Case, head_dim: int, dtype: torch.dtype, device: str) -> tuple[Callable, Callable]:
     """A forward, and a backward that takes what the forward returns."""
-    module = import_module(f"..kernels.{case.operator.removesuffix('_attention')}.fused", __package__)
+    module = import_module(f"...kernels.{case.operator.removesuffix('_attention')}.fused", __package__)
     with torch.device(device):
         arguments = ARGUMENTS[case.operator](case, head_dim, dtype)
     gradients = [True for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]

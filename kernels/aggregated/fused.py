@@ -11,8 +11,13 @@ from torch.nn import functional as F
 
 from ..launch import Parameters
 from ..triton_common import Call, Tokens, as_tokens, ceil_div, next_power_of_two, refuse_tensors
-from . import fused_kernels
-from .fused_pooled_kernels import backward_bias_kernel, backward_pooled_kernel
+from .fused_kernels import (
+    backward_bias_kernel,
+    backward_key_kernel,
+    backward_pooled_kernel,
+    backward_query_kernel,
+    forward_kernel,
+)
 
 PROGRAMS = 1024
 """About seven on each multiprocessor of a large GPU: sums are cut into parts until there are as many programs."""
@@ -118,7 +123,7 @@ def forward(query: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     call = _Call(query, *arguments)
     outputs = call.start_forward()
     parameters = call.parameters("forward")
-    call.submit_tiles(fused_kernels.forward_kernel, parameters)
+    call.submit_tiles(forward_kernel, parameters)
     return outputs
 
 
@@ -132,7 +137,7 @@ def backward(
     of_value_weights = value_weights.new_empty(value_weights.shape) if needs_gradient[7] else None
     grad_value_weights = call.tokens(of_value_weights) if needs_gradient[7] else None
     parameters = call.parameters("backward_query")
-    call.submit_tiles(fused_kernels.backward_query_kernel, parameters, grad_value_weights=grad_value_weights)
+    call.submit_tiles(backward_query_kernel, parameters, grad_value_weights=grad_value_weights)
     of_local_bias = _backward_key(call, needs_gradient)
     call.flatten()
     for of_pooled in _backward_pooled(call, *needs_gradient[3:5]):
@@ -151,7 +156,7 @@ def _backward_key(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Tenso
     partial = None
     if needs_gradient[5]:
         partial = call.partial(call.programs_of_head(parameters), call.heads, call.window**2)
-    call.submit_tiles(fused_kernels.backward_key_kernel, parameters, partial=partial)
+    call.submit_tiles(backward_key_kernel, parameters, partial=partial)
     return None if partial is None else partial.sum(0)
 
 

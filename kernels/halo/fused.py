@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..launch import Parameters
 from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
-from . import fused_kernels
+from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
 
 MOST_QUERIES = 64
 FEW_KEYS = 64
@@ -101,7 +101,7 @@ class _Call(Call):
         }
         for first in range(0, self.batch, max(images, 1)):
             count = min(images, self.batch - first)
-            self.start("backward_query", fused_kernels.backward_query_kernel, count, first=first, **scratch)
+            self.start("backward_query", backward_query_kernel, count, first=first, **scratch)
             if needs_key or needs_value:
                 self._add_windows(count, shares, first=first, **scratch)
 
@@ -109,7 +109,7 @@ class _Call(Call):
         parameters = self.parameters("backward_key")
         parts = ceil_div(self.block_size**2, parameters.block)
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
-        self.submit(fused_kernels.backward_key_kernel, programs, parameters, PARTS=parts, WINDOWS=shares, **arguments)
+        self.submit(backward_key_kernel, programs, parameters, PARTS=parts, WINDOWS=shares, **arguments)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
@@ -120,7 +120,7 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
     outputs = call.start_forward()
-    call.start("forward", fused_kernels.forward_kernel, call.batch)
+    call.start("forward", forward_kernel, call.batch)
     return outputs
 
 

@@ -3,39 +3,27 @@
 Maps of one and two axes are maps of three with leading axes of size 1. Places count inside a group of tokens `dilation`
 apart, so a program knows no dilation beyond the address of a token. A tile of queries, or of keys, is owned by one
 program for one head, which goes through the tokens that it meets box by box: gradients of query, key and value are sums
-in a fixed order, and so is that of the bias table (see bias.py). Bias and visibility come from a table of their own
-(see columns.py), with -inf where a query does not see a key, so that programs need no masks.
+in a fixed order, and so is that of the bias table. Bias and visibility come from a table of their own
+(see fused_kernels_columns.py), with -inf where a query does not see a key, so that programs need no masks.
 """
 
 import math
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..checks import neighborhood_options
 from ..launch import Parameters, submit
-from ..triton_common import (
-    LOG2_E,
-    Call,
-    attend,
-    ceil_div,
-    load_logsumexp,
-    load_map,
-    load_maps,
-    multiply,
-    next_power_of_two,
-    refuse_tensors,
-    start_softmax,
-    store_attention,
-    store_delta,
-    store_map,
+from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
+from .fused_kernels import (
+    backward_bias_kernel,
+    backward_key_kernel,
+    backward_query_kernel,
+    forward_kernel,
+    gather_bias_kernel,
 )
-from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs, load_for_columns
-from .columns import column_table_kernel, geometries, geometry_of, load_columns
-from .tiles import before, box_at, box_of, box_of_tokens, box_steps, next_box, program_tile, tile_of_tokens
+from .fused_kernels_columns import column_table_kernel
 
 TILES = {
     1: {64: (1, 1, 64), 32: (1, 1, 32), 16: (1, 1, 16)},
@@ -53,197 +41,32 @@ PROGRAMS = 512
 """and the number of programs below which they sum up fewer."""
 
 
-@triton.jit
-def _load_box(
-    left, right, box, stop, group, plan, head,
-    BOX: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The tokens of a box, of two tensors."""
-    position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-    return load_maps(left, right, position, head, tl.full([BLOCK], True, tl.int1), HEAD_DIM, CHANNELS)
+class Geometries(NamedTuple):
+    """Of the tiles of the last axis, in groups of the two lengths that dilation makes.
+
+    The first `lead` tiles of a group and those from `tail` on have geometries of their own; between them geometries
+    repeat every PERIOD tiles.
+
+    Attributes:
+        long, short: lead and tail of groups of each length.
+        count: geometries of groups of the longer length; those of the shorter one follow them.
+    """
+
+    long: tuple[int, int]
+    short: tuple[int, int]
+    count: int
 
 
-@triton.jit
-def forward_kernel(
-    query,
-    key,
-    value,
-    columns,
-    output,
-    logsumexp,
-    plan,
-    total,
-    heads,
-    scale,
-    BIASED: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    STEPS: tl.constexpr,
-    PERIOD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
-    if not before(first, length):
-        return
-    number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
-    if BIASED:
-        number += head * total
-    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    everywhere = tl.full([BLOCK], True, tl.int1)
-    queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
-    state = start_softmax(BLOCK, CHANNELS)
-    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
-    steps = box_steps(start, stop, BOX)
-    step = (0, 0, 0)
-    for _ in range(0, steps[0] * steps[1] * steps[2]):
-        box = box_at(step, start, BOX)
-        keys, values = _load_box(key, value, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
-        bias = load_columns(
-            columns, number, first, box, step[2], length,
-            KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
-        )  # fmt: skip
-        state = attend(state, queries, keys, values, True, bias, scale, PRECISION)
-        step = next_box(step, steps)
-    store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
-
-
-@triton.jit
-def backward_query_kernel(
-    query,
-    key,
-    value,
-    columns,
-    grad_output,
-    output,
-    logsumexp,
-    delta,
-    grad_query,
-    plan,
-    total,
-    heads,
-    scale,
-    BIASED: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    STEPS: tl.constexpr,
-    PERIOD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient of a tile of queries, and delta, the sum of output times its gradient."""
-    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
-    if not before(first, length):
-        return
-    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-    deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
-    if grad_query is not None:
-        number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
-        if BIASED:
-            number += head * total
-        everywhere = tl.full([BLOCK], True, tl.int1)
-        queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
-        of_softmax = load_logsumexp(logsumexp, position, head, everywhere)[:, None]
-        sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
-        start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
-        steps = box_steps(start, stop, BOX)
-        step = (0, 0, 0)
-        for _ in range(0, steps[0] * steps[1] * steps[2]):
-            box = box_at(step, start, BOX)
-            keys, values = _load_box(key, value, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
-            bias = load_columns(
-                columns, number, first, box, step[2], length,
-                KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
-            )  # fmt: skip
-            of_pairs = gradient_of_pairs(
-                queries, keys, grads, values, bias, of_softmax, deltas[:, None], scale, PRECISION
-            )
-            sums += multiply(of_pairs[1], keys, PRECISION)
-            step = next_box(step, steps)
-        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
-
-
-@triton.jit
-def backward_key_kernel(
-    query,
-    key,
-    value,
-    columns,
-    grad_output,
-    logsumexp,
-    delta,
-    grad_key,
-    grad_value,
-    plan,
-    total,
-    heads,
-    scale,
-    BIASED: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    STEPS: tl.constexpr,
-    PERIOD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradients of a tile of keys and values. Scores have keys as rows."""
-    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
-    if not before(first, length):
-        return
-    number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
-    if BIASED:
-        number += head * total
-    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    everywhere = tl.full([BLOCK], True, tl.int1)
-    keys, values = load_maps(key, value, position, head, everywhere, HEAD_DIM, CHANNELS)
-    of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    of_values = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, True)
-    steps = box_steps(start, stop, BOX)
-    step = (0, 0, 0)
-    for _ in range(0, steps[0] * steps[1] * steps[2]):
-        box = box_at(step, start, BOX)
-        queries, grads = _load_box(query, grad_output, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
-        bias = load_columns(
-            columns, number, first, box, step[2], length,
-            KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
-        )  # fmt: skip
-        of_softmax = load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
-        deltas = load_for_columns(delta, box, stop, group, plan, head, BOX, BLOCK)
-        weights, of_scores = gradient_of_pairs(
-            keys, queries, values, grads, bias, of_softmax[None, :], deltas[None, :], scale, PRECISION
-        )
-        if grad_key is not None:
-            of_keys += multiply(of_scores, queries, PRECISION)
-        if grad_value is not None:
-            of_values += multiply(weights, grads, PRECISION)
-        step = next_box(step, steps)
-    if grad_key is not None:
-        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
-    if grad_value is not None:
-        store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
+def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) -> tuple[Geometries, int, int]:
+    """The geometries of an axis, their PERIOD, and how many there are in all."""
+    period = stride // math.gcd(stride, tile)
+    tiles = ceil_div(ceil_div(size, dilation), tile)
+    ends = []
+    for length in (ceil_div(size, dilation), size // dilation):
+        lead, tail = ceil_div(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
+        ends.append((lead, tail) if tail >= lead + period else (tiles, tiles))
+    counts = [tiles if lead == tiles else lead + period + tiles - tail for lead, tail in ends]
+    return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)
 
 
 class _Call(Call):
@@ -313,7 +136,7 @@ class _Call(Call):
 
     def most_places(self, tile: Sequence[int], by_key: bool) -> list[int]:
         """At least as many places along each axis as a tile can meet."""
-        lengths = map(triton.cdiv, self.size, self.dilation)
+        lengths = map(ceil_div, self.size, self.dilation)
         extents = zip(tile, self.kernel, self.stride, lengths, strict=True)
         # next to a border more queries are taken than see a key
         return [
@@ -325,7 +148,7 @@ class _Call(Call):
         """Extent of the blocks in which a program goes through the tokens that its tile meets."""
         if self.rank == 1:
             return 1, 1, parameters.block
-        lengths = map(triton.cdiv, self.size, self.dilation)
+        lengths = map(ceil_div, self.size, self.dilation)
         axes = zip(tile, self.kernel, lengths, strict=True)
         across = [next_power_of_two(min(extent + kernel - 1, length)) for extent, kernel, length in axes]
         columns = min(across[2], max(16, tile[2]))

@@ -10,47 +10,22 @@ The gradient of the bias table is summed over windows in registers, then over pr
 from typing import Any, Optional, Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..checks import per_axis
 from ..launch import Parameters
 from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
-from .parts import backward_bias_kernel, backward_key_kernel, backward_query_kernel, forward_kernel
-from .places import cell
-from .whole import backward_whole_kernel, bias_kernel, forward_whole_kernel
+from .fused_kernels import (
+    backward_bias_kernel,
+    backward_key_kernel,
+    backward_query_kernel,
+    forward_kernel,
+    sum_by_offset_kernel,
+)
+from .fused_kernels_whole import backward_whole_kernel, bias_kernel, forward_whole_kernel
 
 PROGRAMS = {"forward_whole": 4096, "backward_whole": 1024, "backward_bias": 1024}
 """Enough to fill a large GPU, and few enough to share the bias, or to sum its gradients."""
-
-
-@triton.jit
-def sum_by_offset_kernel(
-    query,
-    of_pairs,
-    grad_table,
-    WINDOW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PACK: tl.constexpr,
-    EXTENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: one entry of the gradient of the table, from the gradients of the scores of all pairs of slots.
-
-    Args:
-        of_pairs: (heads, EXTENT, EXTENT), the slots of a block of PACK windows.
-    """
-    ROW: tl.constexpr = 2 * WINDOW[1] - 1
-    ENTRIES: tl.constexpr = (2 * WINDOW[0] - 1) * ROW
-    head, entry = tl.program_id(0) // ENTRIES, tl.program_id(0) % ENTRIES
-    down, across = entry // ROW - WINDOW[0] + 1, entry % ROW - WINDOW[1] + 1
-    slot = tl.arange(0, BLOCK)
-    row, column, valid = cell(slot, WINDOW, WIDTH)
-    y, x = row + down, column + across
-    seen = valid & (slot < PACK * WINDOW[0] * WIDTH) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
-    pairs = of_pairs + (head * EXTENT + slot) * EXTENT + slot + down * WIDTH + across
-    tl.store(grad_table + tl.program_id(0), tl.sum(tl.load(pairs, mask=seen, other=0.0), 0))
 
 
 class _Call(Call):

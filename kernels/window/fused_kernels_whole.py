@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import load_map, load_maps, multiply, store_attention, store_map
-from .places import bias_of, locate, members, numbers, scores_of, tear, unravel
+from .fused_kernels_geometry import bias_of, locate, members, numbers, scores_of, tear, unravel
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 """Kernels of window attention for windows of several blocks: an online softmax over blocks of keys, and gradients that
-are summed by the tokens that own them.
+are summed by the tokens that own them. The gradient of the table is a sum over the pairs of an offset.
 """
 
 import triton
@@ -18,7 +18,7 @@ from ..triton_common import (
     store_delta,
     store_map,
 )
-from .places import bias_of, locate, numbers, scores_of, tear, unravel
+from .fused_kernels_geometry import bias_of, cell, locate, numbers, scores_of, tear, unravel
 
 
 @triton.jit
@@ -207,3 +207,31 @@ def backward_bias_kernel(
         sums += gradient_of_weights(scores, grads, values, (of_rows[:, None], deltas[:, None]), PRECISION)[1]
     pair = (chunk * heads + head).to(tl.int64) * (PARTS * BLOCK) + slot[:, None]
     tl.store(partial + pair * (PARTS * BLOCK) + key_slot[None, :], sums)
+
+
+@triton.jit
+def sum_by_offset_kernel(
+    query,
+    of_pairs,
+    grad_table,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACK: tl.constexpr,
+    EXTENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one entry of the gradient of the table, from the gradients of the scores of all pairs of slots.
+
+    Args:
+        of_pairs: (heads, EXTENT, EXTENT), the slots of a block of PACK windows.
+    """
+    ROW: tl.constexpr = 2 * WINDOW[1] - 1
+    ENTRIES: tl.constexpr = (2 * WINDOW[0] - 1) * ROW
+    head, entry = tl.program_id(0) // ENTRIES, tl.program_id(0) % ENTRIES
+    down, across = entry // ROW - WINDOW[0] + 1, entry % ROW - WINDOW[1] + 1
+    slot = tl.arange(0, BLOCK)
+    row, column, valid = cell(slot, WINDOW, WIDTH)
+    y, x = row + down, column + across
+    seen = valid & (slot < PACK * WINDOW[0] * WIDTH) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
+    pairs = of_pairs + (head * EXTENT + slot) * EXTENT + slot + down * WIDTH + across
+    tl.store(grad_table + tl.program_id(0), tl.sum(tl.load(pairs, mask=seen, other=0.0), 0))

@@ -11,42 +11,11 @@ columns, the two pairs of one thread lie next to each other in the table: a thre
 16 bytes at a time, and nothing changes threads through shared memory.
 """
 
-import math
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2_E, ceil_div
-from .tiles import axis_box, axis_sees, clamp, places_of, row_offset
-
-
-class Geometries(NamedTuple):
-    """Of the tiles of the last axis, in groups of the two lengths that dilation makes.
-
-    The first `lead` tiles of a group and those from `tail` on have geometries of their own; between them geometries
-    repeat every PERIOD tiles.
-
-    Attributes:
-        long, short: lead and tail of groups of each length.
-        count: geometries of groups of the longer length; those of the shorter one follow them.
-    """
-
-    long: tuple[int, int]
-    short: tuple[int, int]
-    count: int
-
-
-def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) -> tuple[Geometries, int, int]:
-    """The geometries of an axis, their PERIOD, and how many there are in all."""
-    period = stride // math.gcd(stride, tile)
-    tiles = ceil_div(ceil_div(size, dilation), tile)
-    ends = []
-    for length in (ceil_div(size, dilation), size // dilation):
-        lead, tail = ceil_div(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
-        ends.append((lead, tail) if tail >= lead + period else (tiles, tiles))
-    counts = [tiles if lead == tiles else lead + period + tiles - tail for lead, tail in ends]
-    return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)
+from ..triton_common import LOG2_E
+from .fused_kernels_geometry import axis_box, axis_sees, clamp, places_of, row_offset
 
 
 @triton.jit
