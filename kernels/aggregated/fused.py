@@ -20,9 +20,13 @@ from .fused_kernels import (
 )
 
 PROGRAMS = 1024
-"""About seven on each multiprocessor of a large GPU: sums are cut into parts until there are as many programs."""
+"""PROGRAMS is the number of programs that a kernel should have, about seven on each of 132 multiprocessors: sums are
+cut into parts, which are added later, until there are as many.
+"""
 TILE_PROGRAMS = 4
-"""Times as many where parts leave no sums."""
+"""TILE_PROGRAMS times as many programs are wanted of kernels of tiles, to which a further part costs no map of sums but
+the biases of a tile, read once more.
+"""
 
 
 class _Call(Call):
@@ -48,13 +52,13 @@ class _Call(Call):
             pooled_value=self.pooled_tokens(pooled_value),
             local_bias=None if local_bias is None else local_bias.contiguous(),
             pooled_bias=None,
-            value_weights=None if value_weights is None else self.tokens(value_weights),
+            value_weights=self.tokens(value_weights),
             WINDOW=window_size,
             batch=self.batch,
             tokens=self.tokens_of_map,
         )
         self.pooled = self.arguments["pooled"] = self.arguments["pooled_key"].pointer.shape[1]
-        widest = 64 if self.head_dim <= 32 else 32
+        widest = 64 if self.head_dim <= 32 else 32  # wide heads leave fewer registers for pooled tokens
         step = max(16, min(widest, next_power_of_two(self.pooled)))
         self.steps = ceil_div(self.pooled, step)
         self.arguments.update(STEP=step, CELLS=self.steps * step, WHOLE=self.pooled <= step)
@@ -70,7 +74,7 @@ class _Call(Call):
         rows = min(2 ** ((parameters.block.bit_length() - 1) // 2), next_power_of_two(self.size[0]))
         tile = (rows, parameters.block // rows)
         tiles = tuple(ceil_div(size, extent) for size, extent in zip(self.size, tile, strict=True))
-        return tile, tiles, *_share(self.batch, tiles[0] * tiles[1] * self.heads, TILE_PROGRAMS * PROGRAMS)
+        return tile, tiles, *_items_per_program(self.batch, tiles[0] * tiles[1] * self.heads, TILE_PROGRAMS * PROGRAMS)
 
     def programs_of_head(self, parameters: Parameters) -> int:
         """Of a kernel of tiles."""
@@ -79,13 +83,13 @@ class _Call(Call):
 
     def submit_tiles(self, kernel, parameters: Parameters, **arguments) -> None:
         """Start a kernel whose programs take a tile of the map through some images."""
-        tile, tiles, share, _ = self.tiling(parameters)
+        tile, tiles, images, _ = self.tiling(parameters)
         box = (tile[0] + self.window - 1) * (tile[1] + self.window - 1)
         self.submit(
             kernel,
             self.programs_of_head(parameters) * self.heads,
             parameters,
-            plan=(self.size, tiles, self.batch, self.heads, share),
+            plan=(self.size, tiles, self.batch, self.heads, images),
             TILE=tile,
             BOX=max(16, next_power_of_two(box)),
             SLOTS=max(16, next_power_of_two(self.window**2)),
@@ -108,10 +112,10 @@ def _padded_bias(bias: Tensor, cells: int) -> Tensor:
     return F.pad(bias, (0, cells - bias.shape[-1]), value=float("-inf")).contiguous()
 
 
-def _share(items: int, programs: int, wanted: int) -> tuple[int, int]:
+def _items_per_program(items: int, programs: int, wanted: int) -> tuple[int, int]:
     """Items that one program takes, where each item takes `programs` of them, and the number of parts that makes."""
-    share = max(1, min(items, items * programs // wanted))
-    return share, ceil_div(items, share)
+    taken = max(1, min(items, items * programs // wanted))
+    return taken, ceil_div(items, taken)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
@@ -134,17 +138,16 @@ def backward(
     call = _Call(query, *arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
     pooled_shape, pooled_bias, value_weights = arguments[2].shape, arguments[6], arguments[7]
-    of_value_weights = value_weights.new_empty(value_weights.shape) if needs_gradient[7] else None
-    grad_value_weights = call.tokens(of_value_weights) if needs_gradient[7] else None
+    grad_value_weights = value_weights.new_empty(value_weights.shape) if needs_gradient[7] else None
     parameters = call.parameters("backward_query")
-    call.submit_tiles(backward_query_kernel, parameters, grad_value_weights=grad_value_weights)
-    of_local_bias = _backward_key(call, needs_gradient)
+    call.submit_tiles(backward_query_kernel, parameters, grad_value_weights=call.tokens(grad_value_weights))
+    grad_local_bias = _backward_key(call, needs_gradient)
     call.flatten()
-    for of_pooled in _backward_pooled(call, *needs_gradient[3:5]):
-        gradients.append(None if of_pooled is None else of_pooled.view(pooled_shape))
-    gradients.append(of_local_bias)
+    for grad_pooled in _backward_pooled(call, *needs_gradient[3:5]):
+        gradients.append(None if grad_pooled is None else grad_pooled.view(pooled_shape))
+    gradients.append(grad_local_bias)
     gradients.append(_backward_bias(call).sum_to_size(pooled_bias.shape) if needs_gradient[6] else None)
-    gradients.append(of_value_weights)
+    gradients.append(grad_value_weights)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -166,12 +169,12 @@ def _backward_pooled(call: _Call, needs_key: bool, needs_value: bool) -> list[Op
         return [None, None]
     parameters = call.parameters("backward_pooled")
     programs = call.batch * call.steps * call.heads
-    share, parts = _share(ceil_div(call.tokens_of_map, parameters.block), programs, PROGRAMS)
+    runs, parts = _items_per_program(ceil_div(call.tokens_of_map, parameters.block), programs, PROGRAMS)
     shape = (parts, call.batch, call.pooled, call.heads, call.head_dim)
     partials = [call.partial(*shape) if needed else None for needed in (needs_key, needs_value)]
     sums = (None if partial is None else as_tokens(partial.flatten(0, 1), 1) for partial in partials)
     outputs = dict(zip(("partial_key", "partial_value"), sums, strict=True))
-    call.submit(backward_pooled_kernel, parts * programs, parameters, runs_per_program=share, **outputs)
+    call.submit(backward_pooled_kernel, parts * programs, parameters, runs_per_program=runs, **outputs)
     return [None if partial is None else partial.sum(0) for partial in partials]
 
 
@@ -179,7 +182,7 @@ def _backward_bias(call: _Call) -> Tensor:
     """Gradient (heads, tokens, pooled) of the pooled bias."""
     parameters = call.parameters("backward_bias")
     programs = ceil_div(call.tokens_of_map, parameters.block) * call.steps * call.heads
-    share, parts = _share(call.batch, programs, PROGRAMS)
+    images, parts = _items_per_program(call.batch, programs, PROGRAMS)
     partial = call.partial(parts, call.heads, call.tokens_of_map, call.pooled)
-    call.submit(backward_bias_kernel, parts * programs, parameters, partial=partial, images_per_program=share)
+    call.submit(backward_bias_kernel, parts * programs, parameters, partial=partial, images_per_program=images)
     return partial.sum(0)

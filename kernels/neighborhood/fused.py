@@ -30,15 +30,21 @@ TILES = {
     2: {64: (1, 8, 8), 32: (1, 4, 8), 16: (1, 4, 4)},
     3: {64: (4, 4, 4), 32: (2, 4, 4), 16: (2, 2, 4)},
 }
-"""Extent of a tile by the rank of the map and the tokens of a block."""
+"""TILES[rank of the map][tokens of a block] is the extent of a tile along three axes."""
 SCRATCH = 2**27
-"""Bytes for sums of score gradients: the gradient of the table takes as many tiles at a time as fit."""
+"""SCRATCH is the number of bytes for sums of score gradients: the gradient of the table takes as many tiles at a time
+as fit. A program of 64 queries and 64 keys writes 16 KiB; 128 MiB are 8192 of them, more than any GPU runs at once.
+"""
 ENTRIES = 16
-"""Entries of the table that a program of the last step of its gradient makes."""
+"""ENTRIES is the number of entries of the table that a program of the last step of its gradient makes: with a block of
+64 they are 1024 numbers, 8 for each of 128 threads.
+"""
 IMAGES = 32
-"""The most images that a program of the gradient of the table sums up,"""
+"""IMAGES is the most images that a program of the gradient of the table sums up: from there on the sums that it writes
+are few beside the tokens that it reads.
+"""
 PROGRAMS = 512
-"""and the number of programs below which they sum up fewer."""
+"""PROGRAMS is the number of programs below which each sums fewer images: about four on each of 132 multiprocessors."""
 
 
 class Geometries(NamedTuple):

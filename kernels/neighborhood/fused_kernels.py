@@ -11,10 +11,10 @@ import triton.language as tl
 from ..triton_common import (
     LOG2_E,
     attend,
-    load_logsumexp,
+    load_lse,
+    load_lse_and_delta,
     load_map,
     load_maps,
-    load_statistics,
     multiply,
     start_softmax,
     store_attention,
@@ -38,30 +38,28 @@ from .fused_kernels_geometry import (
 
 
 @triton.jit
-def gradient_of_pairs(left, right, of_left, of_right, bias, of_softmax, delta, scale, PRECISION: tl.constexpr):
+def _differentiate(left, right, left_values, right_values, bias, lse, delta, scale, PRECISION: tl.constexpr):
     """Weights of pairs of tokens, and the gradient of their scores in base e.
 
     Args:
-        left, of_left: of the tokens that are rows: queries and output gradients, or keys and values.
-        right, of_right: of the tokens that are columns: the others.
+        left, right, left_values, right_values: as for :func:`weigh` of triton_common.py.
         bias: of the pairs in base 2, -inf where they do not see each other.
-        of_softmax, delta: logsumexp in base 2 and delta of the queries, with the axis of the keys put in.
+        lse, delta: of the queries, lse in base 2, with the axis of the keys put in.
     """
-    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * LOG2_E) + (bias - of_softmax)
+    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * LOG2_E) + (bias - lse)
     weights = tl.exp2(scores)
-    of_weights = tl.dot(of_left, tl.trans(of_right), input_precision=PRECISION)
-    return weights, weights * (of_weights - delta)
+    return weights, weights * (multiply(left_values, tl.trans(right_values), PRECISION) - delta)
 
 
 @triton.jit
-def load_for_columns(statistic, box, stop, group, plan, head, BOX: tl.constexpr, BLOCK: tl.constexpr):
-    """A statistic of the queries of a box, which are columns of a product.
+def load_for_columns(tokens, box, stop, group, plan, head, BOX: tl.constexpr, BLOCK: tl.constexpr):
+    """The lse or delta of the queries of a box, which are columns of a product.
 
     Each number is read twice and the larger one taken. A thread holds many columns, and Triton lets it read them all
     by itself, address by address, unless there are numbers enough for all threads.
     """
     position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-    pointers = token_pointers(statistic, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
+    pointers = token_pointers(tokens, position, head)[:, None] + tl.zeros([1, 2], tl.int32)
     return tl.max(tl.load(pointers), 1)
 
 
@@ -122,7 +120,7 @@ def forward_kernel(
             columns, number, first, box, step[2], length,
             KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
         )  # fmt: skip
-        state = attend(state, queries, keys, values, True, bias, scale, PRECISION)
+        state = attend(state, queries, keys, values, bias, scale, PRECISION)
         step = next_box(step, steps)
     store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
 
@@ -170,7 +168,7 @@ def backward_query_kernel(
             number += head * total
         everywhere = tl.full([BLOCK], True, tl.int1)
         queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
-        of_softmax = load_logsumexp(logsumexp, position, head, everywhere)[:, None]
+        lse = load_lse(logsumexp, position, head, everywhere)[:, None]
         sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
         start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
         steps = box_steps(start, stop, BOX)
@@ -182,10 +180,8 @@ def backward_query_kernel(
                 columns, number, first, box, step[2], length,
                 KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
             )  # fmt: skip
-            of_pairs = gradient_of_pairs(
-                queries, keys, grads, values, bias, of_softmax, deltas[:, None], scale, PRECISION
-            )
-            sums += multiply(of_pairs[1], keys, PRECISION)
+            _, grad_scores = _differentiate(queries, keys, grads, values, bias, lse, deltas[:, None], scale, PRECISION)
+            sums += multiply(grad_scores, keys, PRECISION)
             step = next_box(step, steps)
         store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
@@ -230,8 +226,8 @@ def backward_key_kernel(
     position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
     everywhere = tl.full([BLOCK], True, tl.int1)
     keys, values = load_maps(key, value, position, head, everywhere, HEAD_DIM, CHANNELS)
-    of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    of_values = tl.zeros([BLOCK, CHANNELS], tl.float32)
+    grad_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
+    grad_values = tl.zeros([BLOCK, CHANNELS], tl.float32)
     start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, True)
     steps = box_steps(start, stop, BOX)
     step = (0, 0, 0)
@@ -242,20 +238,20 @@ def backward_key_kernel(
             columns, number, first, box, step[2], length,
             KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
         )  # fmt: skip
-        of_softmax = load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
+        lse = load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
         deltas = load_for_columns(delta, box, stop, group, plan, head, BOX, BLOCK)
-        weights, of_scores = gradient_of_pairs(
-            keys, queries, values, grads, bias, of_softmax[None, :], deltas[None, :], scale, PRECISION
+        weights, grad_scores = _differentiate(
+            keys, queries, values, grads, bias, lse[None, :], deltas[None, :], scale, PRECISION
         )
         if grad_key is not None:
-            of_keys += multiply(of_scores, queries, PRECISION)
+            grad_keys += multiply(grad_scores, queries, PRECISION)
         if grad_value is not None:
-            of_values += multiply(weights, grads, PRECISION)
+            grad_values += multiply(weights, grads, PRECISION)
         step = next_box(step, steps)
     if grad_key is not None:
-        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
+        store_map(grad_key, grad_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
+        store_map(grad_value, grad_values, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["first_tile", "count"])
@@ -291,8 +287,8 @@ def backward_bias_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: the sum over some images of the score gradients of a tile and one of its boxes, for one head."""
-    share = tl.program_id(0) // (heads * BOXES)
-    program = (first_tile + share % count) * heads + tl.program_id(0) % heads
+    index = tl.program_id(0) // (heads * BOXES)
+    program = (first_tile + index % count) * heads + tl.program_id(0) % heads
     head, group, first = program_tile(program, heads, plan, TILE)
     length = group[2]
     start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
@@ -309,20 +305,20 @@ def backward_bias_kernel(
         length, KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
     )  # fmt: skip
     everywhere = tl.full([BLOCK], True, tl.int1)
-    of_scores = tl.zeros([BLOCK, BLOCK], tl.float32)
-    first_image = share // count * images
+    grad_scores = tl.zeros([BLOCK, BLOCK], tl.float32)
+    first_image = index // count * images
     for image in range(first_image, tl.minimum(first_image + images, batch)):
         here = (image, position[1], position[2], position[3])
         there = (image, key_position[1], key_position[2], key_position[3])
         queries, grads = load_maps(query, grad_output, here, head, everywhere, HEAD_DIM, CHANNELS)
         keys, values = load_maps(key, value, there, head, everywhere, HEAD_DIM, CHANNELS)
-        of_softmax, deltas = load_statistics(logsumexp, delta, here, head, everywhere)
-        of_scores += gradient_of_pairs(
-            queries, keys, grads, values, bias, of_softmax[:, None], deltas[:, None], scale, PRECISION
+        lse, deltas = load_lse_and_delta(logsumexp, delta, here, head, everywhere)
+        grad_scores += _differentiate(
+            queries, keys, grads, values, bias, lse[:, None], deltas[:, None], scale, PRECISION
         )[1]
     slot = tl.arange(0, BLOCK)
     tile = sums + tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK)
-    tl.store(tile + slot[:, None] * BLOCK + slot[None, :], of_scores)
+    tl.store(tile + slot[:, None] * BLOCK + slot[None, :], grad_scores)
 
 
 @triton.jit
@@ -358,8 +354,8 @@ def gather_bias_kernel(
     ALL: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
     BLOCKS: tl.constexpr = (ALL + ENTRIES - 1) // ENTRIES
     entry = tl.program_id(0) % BLOCKS * ENTRIES + tl.arange(0, ENTRIES)[:, None]
-    share = tl.program_id(0) // BLOCKS
-    head, group, first = program_tile(first_tile * heads + share, heads, plan, TILE)
+    index = tl.program_id(0) // BLOCKS
+    head, group, first = program_tile(first_tile * heads + index, heads, plan, TILE)
     length = group[2]
     start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
     steps = box_steps(start, stop, BOX)
@@ -377,8 +373,8 @@ def gather_bias_kernel(
     place = (number * heads + head) * (BLOCK * BLOCK) + tl.arange(0, BLOCK)[None, :] * BLOCK + slot
     total = tl.zeros([ENTRIES, BLOCK], tl.float32)
     for chunk in range(0, chunks):
-        tiles = (chunk * count + share // heads).to(tl.int64) * (BOXES * heads * BLOCK * BLOCK)
+        tiles = (chunk * count + index // heads).to(tl.int64) * (BOXES * heads * BLOCK * BLOCK)
         total += tl.load(sums + tiles + place, mask=seen, other=0.0)
     entry = tl.program_id(0) % BLOCKS * ENTRIES + tl.arange(0, ENTRIES)
-    into = grad_table + (first_tile * heads + share).to(tl.int64) * ALL
+    into = grad_table + (first_tile * heads + index).to(tl.int64) * ALL
     tl.store(into + entry, tl.sum(total, 1), mask=entry < ALL)

@@ -71,11 +71,11 @@ def column_table_kernel(
     cell = _cell(tl.arange(0, TILE[2])[:, None], tl.arange(0, BOX[2])[None, :], BOX)
     for step in range(0, STEPS):
         other = start + step * BOX[2] + tl.arange(0, BOX[2])[None, :]
-        of_query, of_key = (other, own) if BY_KEY else (own, other)
-        visible = axis_sees(of_query, of_key, length, KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY) & (row < ROWS)
+        query_places, key_places = (other, own) if BY_KEY else (own, other)
+        visible = axis_sees(query_places, key_places, length, KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY) & (row < ROWS)
         bias = tl.where(visible, 0.0, float("-inf"))
         if table is not None:
-            entry = (head * ROWS + row) * (2 * KERNEL[2] - 1) + of_key - of_query + KERNEL[2] - 1
+            entry = (head * ROWS + row) * (2 * KERNEL[2] - 1) + key_places - query_places + KERNEL[2] - 1
             bias += tl.load(table + entry, mask=visible, other=0.0).to(tl.float32) * LOG2_E
         tl.store(columns + (tl.program_id(0) * STEPS + step).to(tl.int64) * (TILE[2] * BOX[2]) + cell, bias)
 
@@ -87,9 +87,9 @@ def _load_rows(
     TILE: tl.constexpr, BOX: tl.constexpr, STEPS: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """What the table has of slots `own` of the tile and `other` of the box, at `within` in the part of a place."""
-    of_tile, of_box = clamp(places_of(own, tile, TILE), length), places_of(other, box, BOX)
-    of_query, of_key = (of_box, of_tile) if BY_KEY else (of_tile, of_box)
-    row = row_offset(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK, BY_KEY)
+    tile_places, box_places = clamp(places_of(own, tile, TILE), length), places_of(other, box, BOX)
+    query_places, key_places = (box_places, tile_places) if BY_KEY else (tile_places, box_places)
+    row = row_offset(query_places, key_places, length, KERNEL, STRIDE, CAUSAL, RANK, BY_KEY)
     row = row * (STEPS * TILE[2] * BOX[2]) + own % TILE[2] * BOX[2]
     offset = row + within
     if len(offset.shape) > 2:

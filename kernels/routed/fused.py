@@ -22,7 +22,9 @@ from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_k
 from .geometry import LIST_AXES
 
 ROUTES_OF_PROGRAM = 1024
-"""That a program looks through at a time to find who is routed to its region."""
+"""ROUTES_OF_PROGRAM is the number of routes that a program looks through at a time to find who is routed to its region:
+32 for each thread of a warp.
+"""
 
 
 class _Call(Call):
@@ -76,7 +78,10 @@ class _Call(Call):
 
 
 def _warps(tokens: int, channels: int, element_size: int) -> int:
-    """One for each 16 tokens, as a tensor core takes them, and more where a thread would sum too many channels."""
+    """One for each 16 tokens, as a tensor core takes them, and more where a thread would sum too many channels.
+
+    A warp has 1024 bytes: 16 tokens of 32 channels of two bytes.
+    """
     return max(1, tokens * max(channels, 32) * element_size // 1024)
 
 
@@ -102,9 +107,9 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of query, key and value, those that are needed; all three with `into`, tensors to write them to."""
     call = _Call(*arguments)
-    statistics = map(call.as_map, (grad_output, output, logsumexp))
+    maps = map(call.as_map, (grad_output, output, logsumexp))
     spaces = None if into is None else [call.as_map(space) for space in into]
-    gradients = call.start_backward(*statistics, needs_gradient, spaces)
+    gradients = call.start_backward(*maps, needs_gradient, spaces)
     call.submit_regions(backward_query_kernel, "backward_query")
     if needs_gradient[1] or needs_gradient[2]:
         call.submit_regions(backward_key_kernel, "backward_key", **call.invert())

@@ -4,16 +4,16 @@ import triton
 import triton.language as tl
 
 from ..triton_common import (
-    LOG2_E,
-    load_logsumexp,
+    attend,
+    load_lse,
+    load_lse_and_delta,
     load_map,
-    load_statistics,
     multiply,
-    softmax_step,
     start_softmax,
     store_attention,
     store_map,
     token_pointers,
+    weigh,
 )
 
 
@@ -83,22 +83,6 @@ def _load_keys(
 
 
 @triton.jit
-def _attend(state, queries, keys, values, mask, scale, PRECISION: tl.constexpr):
-    """The online softmax with one more block of keys."""
-    largest, total, sums = state
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + mask
-    weights, largest, total, decay = softmax_step(scores, largest, total)
-    return largest, total, sums * decay[:, None] + multiply(weights, values, PRECISION)
-
-
-@triton.jit
-def _weigh(queries, keys, grads, values, offset, scale, PRECISION: tl.constexpr):
-    """Softmax weights of pairs, and their gradients. The offset of the scores is -inf for pairs that are none."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + offset
-    return tl.exp2(scores), multiply(grads, tl.trans(values), PRECISION)
-
-
-@triton.jit
 def forward_kernel(
     query,
     key,
@@ -130,7 +114,7 @@ def forward_kernel(
             key, value, routes, start, image, regions, head, TOKENS,
             COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
         )  # fmt: skip
-        state = _attend(state, queries, keys, values, mask, scale, PRECISION)
+        state = attend(state, queries, keys, values, mask, scale, PRECISION)
     store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
 
@@ -168,15 +152,15 @@ def backward_query_kernel(
     head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    statistics = load_logsumexp(logsumexp, position, head, valid)[:, None]
+    lse = load_lse(logsumexp, position, head, valid)[:, None]
     routes += (image.to(tl.int64) * regions + region) * TOPK
     if TOPK * TOKENS <= STEP:
         keys, values, mask = _load_keys(
             key, value, routes, 0, image, regions, head, TOKENS,
             COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
         )  # fmt: skip
-        weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
-        deltas = tl.sum(weights * of_weights, 1)
+        weights, grad_weights = weigh(queries, keys, grads, values, mask - lse, scale, PRECISION)
+        deltas = tl.sum(weights * grad_weights, 1)
         total = tl.sum(weights, 1)
     else:
         deltas = tl.zeros([BLOCK], tl.float32)
@@ -186,14 +170,14 @@ def backward_query_kernel(
                 key, value, routes, start, image, regions, head, TOKENS,
                 COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
             )  # fmt: skip
-            weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
-            deltas += tl.sum(weights * of_weights, 1)
+            weights, grad_weights = weigh(queries, keys, grads, values, mask - lse, scale, PRECISION)
+            deltas += tl.sum(weights * grad_weights, 1)
             total += tl.sum(weights, 1)
     deltas = deltas / total
     tl.store(token_pointers(delta, position, head), deltas, mask=valid)
     if grad_query is not None:
         if TOPK * TOKENS <= STEP:
-            sums = multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
+            sums = multiply(weights * (grad_weights - deltas[:, None]), keys, PRECISION)
         else:
             sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
             for start in range(0, TOPK * TOKENS, STEP):
@@ -201,8 +185,8 @@ def backward_query_kernel(
                     key, value, routes, start, image, regions, head, TOKENS,
                     COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
                 )  # fmt: skip
-                weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
-                sums += multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
+                weights, grad_weights = weigh(queries, keys, grads, values, mask - lse, scale, PRECISION)
+                sums += multiply(weights * (grad_weights - deltas[:, None]), keys, PRECISION)
         store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
@@ -271,8 +255,8 @@ def backward_key_kernel(
     head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
     keys = load_map(key, position, head, valid, HEAD_DIM, CHANNELS)
     values = load_map(value, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    of_values = tl.zeros([BLOCK, VALUE_CHANNELS], tl.float32)
+    grad_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
+    grad_values = tl.zeros([BLOCK, VALUE_CHANNELS], tl.float32)
     section = sections + image.to(tl.int64) * (regions + 1) + region
     first = tl.load(section)
     count = tl.load(section + 1) - first
@@ -281,14 +265,14 @@ def backward_key_kernel(
         asking, asked = _listed(askers, count, start, image, regions, TOKENS, COLUMNS, WIDTH, STEP)
         queries = load_map(query, asking, head, asked, HEAD_DIM, CHANNELS)
         grads = load_map(grad_output, asking, head, asked, VALUE_DIM, VALUE_CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, asking, head, asked)
-        offset = tl.where(asked, -of_rows, float("-inf"))[None, :]
-        weights, of_weights = _weigh(keys, queries, values, grads, offset, scale, PRECISION)
+        lse, deltas = load_lse_and_delta(logsumexp, delta, asking, head, asked)
+        offset = tl.where(asked, -lse, float("-inf"))[None, :]
+        weights, grad_weights = weigh(keys, queries, values, grads, offset, scale, PRECISION)
         if grad_key is not None:
-            of_keys += multiply(weights * (of_weights - deltas[None, :]), queries, PRECISION)
+            grad_keys += multiply(weights * (grad_weights - deltas[None, :]), queries, PRECISION)
         if grad_value is not None:
-            of_values += multiply(weights, grads, PRECISION)
+            grad_values += multiply(weights, grads, PRECISION)
     if grad_key is not None:
-        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
+        store_map(grad_key, grad_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
-        store_map(grad_value, of_values, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+        store_map(grad_value, grad_values, position, head, valid, VALUE_DIM, VALUE_CHANNELS)

@@ -25,7 +25,10 @@ from .fused_kernels import (
 from .fused_kernels_whole import backward_whole_kernel, bias_kernel, forward_whole_kernel
 
 PROGRAMS = {"forward_whole": 4096, "backward_whole": 1024, "backward_bias": 1024}
-"""Enough to fill a large GPU, and few enough to share the bias, or to sum its gradients."""
+"""PROGRAMS[kernel] is the number of programs that windows are dealt out to: enough to fill a large GPU of 132
+multiprocessors several times, and few enough that a program reads the bias once for many windows. A program of the
+backward also writes the sum of its gradients of the bias, so that there are fewer.
+"""
 
 
 class _Call(Call):
@@ -68,9 +71,9 @@ class _Call(Call):
             return None
         pack = 1 if self.arguments["SHIFTED"] else parameters.block // self.tokens_per_window
         block = max(16, next_power_of_two(pack * self.tokens_per_window))
-        share = max(1, ceil_div(self.windows, pack) * self.heads // PROGRAMS[name])
-        programs = sum(ceil_div(self.batch * count, pack * share) for count in self.alike()) * self.heads
-        sizes = {"share": share, "PACK": pack, "tiles": self.bias_tiles(block, pack)}
+        blocks_per_program = max(1, ceil_div(self.windows, pack) * self.heads // PROGRAMS[name])
+        programs = sum(ceil_div(self.batch * count, pack * blocks_per_program) for count in self.alike()) * self.heads
+        sizes = {"blocks_per_program": blocks_per_program, "PACK": pack, "tiles": self.bias_tiles(block, pack)}
         return {"programs": programs, "parameters": parameters._replace(block=block), **sizes}
 
     def alike(self) -> list[int]:
@@ -122,8 +125,8 @@ def backward(
     call = _Call(*arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient, into)
     whole = call.whole("backward_whole")
-    of_table = _backward_whole(call, whole, needs_gradient) if whole else _backward_parts(call, needs_gradient)
-    return [gradient for gradient in (*gradients, of_table) if gradient is not None]
+    grad_table = _backward_whole(call, whole, needs_gradient) if whole else _backward_parts(call, needs_gradient)
+    return [gradient for gradient in (*gradients, grad_table) if gradient is not None]
 
 
 def _backward_whole(call: _Call, whole: dict[str, Any], needs_gradient: Sequence[bool]) -> Optional[Tensor]:
@@ -150,28 +153,28 @@ def _backward_parts(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Ten
 def _backward_bias(call: _Call) -> Tensor:
     parameters = call.parameters("backward_bias")
     parts = ceil_div(call.slots, parameters.block)
-    share = max(1, call.windows * call.heads * parts**2 // PROGRAMS["backward_bias"])
-    chunks = ceil_div(call.windows, share)
+    windows_per_program = max(1, call.windows * call.heads * parts**2 // PROGRAMS["backward_bias"])
+    chunks = ceil_div(call.windows, windows_per_program)
     shape = (chunks, call.heads, parts * parameters.block, parts * parameters.block)
     partial = call.query.new_empty(shape, dtype=torch.float32)
     programs = chunks * parts**2 * call.heads
-    call.submit(backward_bias_kernel, programs, parameters, partial=partial, windows_per_program=share)
+    call.submit(backward_bias_kernel, programs, parameters, partial=partial, windows_per_program=windows_per_program)
     return _sum_by_offset(call, partial.sum(0), call.arguments["WIDTH"], 1)
 
 
-def _sum_by_offset(call: _Call, of_pairs: Tensor, width: int, pack: int) -> Tensor:
+def _sum_by_offset(call: _Call, grad_scores: Tensor, width: int, pack: int) -> Tensor:
     """Gradient of the table from that of the scores of all pairs of slots of a block, (heads, slots, slots)."""
-    of_table = call.query.new_empty(call.arguments["table"].shape, dtype=torch.float32)
-    extent = of_pairs.shape[-1]
+    grad_table = call.query.new_empty(call.arguments["table"].shape, dtype=torch.float32)
+    extent = grad_scores.shape[-1]
     parameters = Parameters(next_power_of_two(extent), 1, 1)
     call.submit(
         sum_by_offset_kernel,
-        of_table.numel(),
+        grad_table.numel(),
         parameters,
-        of_pairs=of_pairs,
-        grad_table=of_table,
+        grad_scores=grad_scores,
+        grad_table=grad_table,
         WIDTH=width,
         PACK=pack,
         EXTENT=extent,
     )
-    return of_table
+    return grad_table

@@ -89,9 +89,9 @@ def tear(scores, rows, columns, window, plan, WINDOW: tl.constexpr, WIDTH: tl.co
     if SHIFTED:
         border = torn(window, plan, 0) | torn(window, plan, 1)
     if border:
-        of_rows = _region(rows, window, plan, WINDOW, WIDTH)
-        of_columns = _region(columns, window, plan, WINDOW, WIDTH)
-        scores = tl.where(of_rows[:, None] == of_columns[None, :], scores, float("-inf"))
+        row_regions = _region(rows, window, plan, WINDOW, WIDTH)
+        column_regions = _region(columns, window, plan, WINDOW, WIDTH)
+        scores = tl.where(row_regions[:, None] == column_regions[None, :], scores, float("-inf"))
     return scores
 
 
@@ -116,8 +116,3 @@ def bias_of(table, head, query, key, WINDOW: tl.constexpr, WIDTH: tl.constexpr, 
         taken = visible & asked & (query < PACK * SLOTS)
         bias = tl.load(start + entry, mask=taken, other=0.0).to(tl.float32) * LOG2_E
     return tl.where(visible, bias, float("-inf"))
-
-
-@triton.jit
-def scores_of(queries, keys, bias, scale, PRECISION: tl.constexpr):
-    return tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias
