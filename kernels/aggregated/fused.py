@@ -18,6 +18,7 @@ from .fused_kernels import (
     backward_query_kernel,
     forward_kernel,
 )
+from .fused_kernels_geometry import Plan
 
 PROGRAMS = 1024
 """PROGRAMS is the number of programs that a kernel should have, about seven on each of 132 multiprocessors: sums are
@@ -89,7 +90,7 @@ class _Call(Call):
             kernel,
             self.programs_of_head(parameters) * self.heads,
             parameters,
-            plan=(self.size, tiles, self.batch, self.heads, images),
+            plan=Plan(self.size, tiles, self.batch, self.heads, images),
             TILE=tile,
             BOX=max(16, next_power_of_two(box)),
             SLOTS=max(16, next_power_of_two(self.window**2)),

@@ -65,10 +65,10 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     head, images, corner, tokens, valid = program_of_tile(plan, TILE)
-    box, inside = box_around(corner, plan[0], TILE, BOX, WINDOW)
+    box, inside = box_around(corner, plan.size, TILE, BOX, WINDOW)
     row_slot, column_slot, near = window_slots(TILE, BOX, WINDOW)
     local = load_local_bias(local_bias, head, column_slot[None, :] - row_slot[:, None], near & inside[None, :], WINDOW)
-    token = tokens[0] * plan[0][1] + tokens[1]
+    token = tokens[0] * plan.size[1] + tokens[1]
     cell = tl.arange(0, STEP)
     for image in range(images[0], images[1]):
         position = (image, tokens[0], tokens[1])
@@ -81,7 +81,7 @@ def forward_kernel(
             window_weights = tl.load(pointers, mask=mask, other=0.0)
         scores = score(queries, keys, local, scale, PRECISION)
         if WHOLE:
-            bias = load_pooled_bias(pooled_bias, head, plan[0][0] * plan[0][1], token, valid, cell, pooled, CELLS)
+            bias = load_pooled_bias(pooled_bias, head, plan.size[0] * plan.size[1], token, valid, cell, pooled, CELLS)
             pooled_keys, pooled_values = load_maps(
                 pooled_key, pooled_value, (image, cell), head, cell < pooled, HEAD_DIM, CHANNELS
             )
@@ -98,7 +98,9 @@ def forward_kernel(
                 pooled_keys, pooled_values = load_maps(
                     pooled_key, pooled_value, (image, block), head, block < pooled, HEAD_DIM, CHANNELS
                 )
-                bias = load_pooled_bias(pooled_bias, head, plan[0][0] * plan[0][1], token, valid, block, pooled, CELLS)
+                bias = load_pooled_bias(
+                    pooled_bias, head, plan.size[0] * plan.size[1], token, valid, block, pooled, CELLS
+                )
                 pooled_scores = score(queries, pooled_keys, bias, scale, PRECISION)
                 state = accumulate(state, pooled_scores, pooled_values, PRECISION)
             largest, total, sums = state
@@ -152,10 +154,10 @@ def backward_query_kernel(
     of the weights, which delta is divided by, is 1 but for the rounding of the logsumexp.
     """
     head, images, corner, tokens, valid = program_of_tile(plan, TILE)
-    box, inside = box_around(corner, plan[0], TILE, BOX, WINDOW)
+    box, inside = box_around(corner, plan.size, TILE, BOX, WINDOW)
     row_slot, column_slot, near = window_slots(TILE, BOX, WINDOW)
     local = load_local_bias(local_bias, head, column_slot[None, :] - row_slot[:, None], near & inside[None, :], WINDOW)
-    token = tokens[0] * plan[0][1] + tokens[1]
+    token = tokens[0] * plan.size[1] + tokens[1]
     cell = tl.arange(0, STEP)
     for image in range(images[0], images[1]):
         position = (image, tokens[0], tokens[1])
@@ -169,7 +171,7 @@ def backward_query_kernel(
                 TILE, BOX, WINDOW, SLOTS, PRECISION,
             )  # fmt: skip
         if WHOLE:
-            bias = load_pooled_bias(pooled_bias, head, plan[0][0] * plan[0][1], token, valid, cell, pooled, CELLS)
+            bias = load_pooled_bias(pooled_bias, head, plan.size[0] * plan.size[1], token, valid, cell, pooled, CELLS)
             pooled_keys, pooled_values = load_maps(
                 pooled_key, pooled_value, (image, cell), head, cell < pooled, HEAD_DIM, CHANNELS
             )
@@ -186,7 +188,9 @@ def backward_query_kernel(
                 pooled_keys, pooled_values = load_maps(
                     pooled_key, pooled_value, (image, block), head, block < pooled, HEAD_DIM, CHANNELS
                 )
-                bias = load_pooled_bias(pooled_bias, head, plan[0][0] * plan[0][1], token, valid, block, pooled, CELLS)
+                bias = load_pooled_bias(
+                    pooled_bias, head, plan.size[0] * plan.size[1], token, valid, block, pooled, CELLS
+                )
                 pooled_weights, grad_pooled_weights = weigh(
                     queries, pooled_keys, grads, pooled_values, bias - lse, scale, PRECISION
                 )
@@ -205,7 +209,7 @@ def backward_query_kernel(
                         pooled_key, pooled_value, (image, block), head, block < pooled, HEAD_DIM, CHANNELS
                     )
                     bias = load_pooled_bias(
-                        pooled_bias, head, plan[0][0] * plan[0][1], token, valid, block, pooled, CELLS
+                        pooled_bias, head, plan.size[0] * plan.size[1], token, valid, block, pooled, CELLS
                     )
                     pooled_weights, grad_pooled_weights = weigh(
                         queries, pooled_keys, grads, pooled_values, bias - lse, scale, PRECISION
@@ -245,7 +249,7 @@ def backward_key_kernel(
     """
     width: tl.constexpr = TILE[1] + WINDOW - 1
     head, images, corner, tokens, valid = program_of_tile(plan, TILE)
-    box, inside = box_around(corner, plan[0], TILE, BOX, WINDOW)
+    box, inside = box_around(corner, plan.size, TILE, BOX, WINDOW)
     row_slot, column_slot, near = window_slots(TILE, BOX, WINDOW)
     column_slot = WINDOW * WINDOW - 1 - column_slot
     visible = near & valid[:, None] & inside[None, :]

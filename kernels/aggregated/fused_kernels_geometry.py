@@ -1,23 +1,35 @@
 """Tiles and boxes of aggregated attention: what a Triton program owns, which pairs of tokens see each other, biases."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..triton_common import LOG2_E, multiply, token_pointers
 
 
+class Plan(NamedTuple):
+    """Size of the map, tiles along each of its axes, and what programs are made of."""
+
+    size: tuple[int, int]
+    tiles: tuple[int, int]
+    batch: int
+    heads: int
+    images_per_program: int
+
+
 @triton.jit
 def program_of_tile(plan, TILE: tl.constexpr):
     """What a program owns: a head, the first and last image, a tile's row and column, its tokens, which exist."""
-    size, tiles, batch, heads, images_per_program = plan
+    tiles, heads, images_per_program = plan.tiles, plan.heads, plan.images_per_program
     index = tl.program_id(0) // heads
     tile = index % (tiles[0] * tiles[1])
     first = index // (tiles[0] * tiles[1]) * images_per_program
     corner = (tile // tiles[1] * TILE[0], tile % tiles[1] * TILE[1])
     slot = tl.arange(0, TILE[0] * TILE[1])
     tokens = (corner[0] + slot // TILE[1], corner[1] + slot % TILE[1])
-    images = (first, tl.minimum(first + images_per_program, batch))
-    return tl.program_id(0) % heads, images, corner, tokens, _inside(tokens, size)
+    images = (first, tl.minimum(first + images_per_program, plan.batch))
+    return tl.program_id(0) % heads, images, corner, tokens, _inside(tokens, plan.size)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..launch import Parameters
 from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
-from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
+from .fused_kernels import Plan, Sides, backward_key_kernel, backward_query_kernel, forward_kernel
 
 MOST_QUERIES = 64
 """MOST_QUERIES is the most queries that a program owns, those of a block of 8 x 8 tokens."""
@@ -62,8 +62,8 @@ class _Call(Call):
         self.arguments.update(
             height=height,
             width=width,
-            plan=(self.key_size, self.blocks),
-            SIDES=(self.side, block_size, halo_size),
+            plan=Plan(self.key_size, self.blocks),
+            SIDES=Sides(self.side, block_size, halo_size),
             MASK_PADDING=mask_padding,
             FEW_KEYS=self.fewest_keys(halo_size, mask_padding) <= FEW_KEYS,
         )

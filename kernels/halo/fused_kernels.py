@@ -1,5 +1,7 @@
 """Kernels of fused halo attention (see fused.py): attention and its gradients, a strip of a window at a time."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -15,6 +17,21 @@ from ..triton_common import (
     token_pointers,
     weigh,
 )
+
+
+class Plan(NamedTuple):
+    """Size of the map of keys, and blocks along each of its axes."""
+
+    size: tuple[int, int]
+    blocks: tuple[int, int]
+
+
+class Sides(NamedTuple):
+    """Tokens along a side: of a block of queries, of a block of keys, and of the halo around it."""
+
+    queries: int
+    keys: int
+    halo: int
 
 
 @triton.jit
@@ -41,10 +58,10 @@ def _within(place, length):
 @triton.jit
 def cells_of_window(row, column, block, size, SIDES: tl.constexpr):
     """Position in the map of cells of a window, and which of them are cells of it that lie inside the map."""
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     image, block_row, block_column = block
-    y = block_row * SIDES[1] - SIDES[2] + row
-    x = block_column * SIDES[1] - SIDES[2] + column
+    y = block_row * SIDES.keys - SIDES.halo + row
+    x = block_column * SIDES.keys - SIDES.halo + column
     return (image, y, x), _within(y, size[0]) & _within(x, size[1]) & (row < side) & (column < side)
 
 
@@ -56,7 +73,7 @@ def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.const
         line: rows or columns in the window.
         corner: where the window begins in the map, whose extent is length.
     """
-    taken = line < SIDES[1] + 2 * SIDES[2]
+    taken = line < SIDES.keys + 2 * SIDES.halo
     if MASK_PADDING:
         taken = taken & _within(corner + line, length)
     if logits is None:
@@ -70,7 +87,7 @@ def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.const
 
 @triton.jit
 def load_row_logits(height, row, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
-    corner = block[1] * SIDES[1] - SIDES[2]
+    corner = block[1] * SIDES.keys - SIDES.halo
     return _logits(height, position, head, valid, row, corner, size[0], SIDES, MASK_PADDING)
 
 
@@ -78,7 +95,7 @@ def load_row_logits(height, row, position, head, valid, block, size, SIDES: tl.c
 def load_column_logits(
     width, column, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr
 ):
-    corner = block[2] * SIDES[1] - SIDES[2]
+    corner = block[2] * SIDES.keys - SIDES.halo
     return _logits(width, position, head, valid, column, corner, size[1], SIDES, MASK_PADDING)
 
 
@@ -147,27 +164,26 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: one part of the queries of a block, for one head. It goes through its window in strips."""
-    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    SIDE: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     ROWS: tl.constexpr = BLOCK // COLUMNS
     REST: tl.constexpr = SIDE % ROWS
-    size, blocks = plan
-    head, part, block = program_of_block(heads, blocks, PARTS)
-    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    head, part, block = program_of_block(heads, plan.blocks, PARTS)
+    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES.queries)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     state = start_softmax(QUERIES, VALUE_CHANNELS)
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        column_logits = load_column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        column_logits = load_column_logits(width, columns, position, head, valid, block, plan.size, SIDES, MASK_PADDING)
         for top in range(0, SIDE - REST, ROWS):
             state = _attend_strip(
-                state, queries, key, value, height, column_logits, top, left, position, head, valid, block, size, scale,
-                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                state, queries, key, value, height, column_logits, top, left, position, head, valid, block,
+                plan.size, scale, SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
         if REST > 0:
             state = _attend_strip(
                 state, queries, key, value, height, column_logits, SIDE - REST, left, position, head, valid, block,
-                size, scale, SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                plan.size, scale, SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
     store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
@@ -176,7 +192,7 @@ def forward_kernel(
 @triton.jit
 def _store_strip(window, values, row, column, SIDES: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """Write the gradients of cells (cells, CHANNELS) of a window whose gradients begin at `window`."""
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     channel = tl.arange(0, CHANNELS)
     pointers = window + ((row * side + column) * DIM)[:, None] + channel[None, :]
     mask = ((row < side) & (column < side))[:, None] & (channel < DIM)[None, :]
@@ -216,7 +232,7 @@ def _delta_from_weights(
 
     It is divided by the sum of the weights, which is 1 but for the rounding of the logsumexp.
     """
-    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    SIDE: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     lse = load_lse(logsumexp, position, head, valid)
     sums = tl.zeros([QUERIES], tl.float32)
@@ -249,7 +265,7 @@ def _differentiate_strip(
 
     column_logits lacks the lse.
     """
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     row, column, keys, weights, grad_weights = _weigh_strip(
         queries, grads, lse, key, value, height, column_logits,
         top, left, position, head, valid, block, size, scale,
@@ -311,17 +327,16 @@ def backward_query_kernel(
 
     Delta is the sum of output times gradient; with FEW_KEYS (see fused.py) the rounding of the output would show in it.
     """
-    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    SIDE: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     ROWS: tl.constexpr = BLOCK // COLUMNS
     REST: tl.constexpr = SIDE % ROWS
-    size, blocks = plan
-    head, part, block = program_of_block(heads, blocks, PARTS)
+    head, part, block = program_of_block(heads, plan.blocks, PARTS)
     block = (first + block[0], block[1], block[2])
-    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES.queries)
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     if FEW_KEYS:
         delta = _delta_from_weights(
-            query, grads, logsumexp, key, value, height, width, position, head, valid, block, size, scale,
+            query, grads, logsumexp, key, value, height, width, position, head, valid, block, plan.size, scale,
             SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
         )  # fmt: skip
     else:
@@ -337,13 +352,13 @@ def backward_query_kernel(
         window_values += window * VALUE_DIM
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        column_logits = load_column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        column_logits = load_column_logits(width, columns, position, head, valid, block, plan.size, SIDES, MASK_PADDING)
         grad_column_logits = tl.zeros([QUERIES, COLUMNS], tl.float32)
         for top in range(0, SIDE - REST, ROWS):
             grad_queries, grad_column_logits = _differentiate_strip(
                 grad_queries, grad_column_logits, queries, grads, lse, delta, key, value, height, column_logits,
                 grad_query, grad_height, grad_width, window_keys, window_values,
-                top, left, position, head, valid, block, size, scale,
+                top, left, position, head, valid, block, plan.size, scale,
                 SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
@@ -351,7 +366,7 @@ def backward_query_kernel(
             grad_queries, grad_column_logits = _differentiate_strip(
                 grad_queries, grad_column_logits, queries, grads, lse, delta, key, value, height, column_logits,
                 grad_query, grad_height, grad_width, window_keys, window_values,
-                SIDE - REST, left, position, head, valid, block, size, scale,
+                SIDE - REST, left, position, head, valid, block, plan.size, scale,
                 SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
@@ -395,16 +410,17 @@ def backward_key_kernel(
 
     QUERY_PARTS: programs of a block of queries; each has written a part of the gradient of the window.
     """
-    _, blocks = plan
-    head, part, block = program_of_block(heads, blocks, PARTS)
+    head, part, block = program_of_block(heads, plan.blocks, PARTS)
     slot = part * BLOCK + tl.arange(0, BLOCK)
-    position, valid = tokens_of_block(slot, (first + block[0], block[1], block[2]), SIDES[1])
+    position, valid = tokens_of_block(slot, (first + block[0], block[1], block[2]), SIDES.keys)
     if grad_key is not None:
-        sums = _overlap(window_keys, slot, valid, block, head, blocks, heads, SIDES, QUERY_PARTS, HEAD_DIM, CHANNELS)
+        sums = _overlap(
+            window_keys, slot, valid, block, head, plan.blocks, heads, SIDES, QUERY_PARTS, HEAD_DIM, CHANNELS
+        )
         store_map(grad_key, sums, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
         sums = _overlap(
-            window_values, slot, valid, block, head, blocks, heads, SIDES, QUERY_PARTS, VALUE_DIM, VALUE_CHANNELS
+            window_values, slot, valid, block, head, plan.blocks, heads, SIDES, QUERY_PARTS, VALUE_DIM, VALUE_CHANNELS
         )
         store_map(grad_value, sums, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
@@ -424,15 +440,15 @@ def _overlap(
     CHANNELS: tl.constexpr,
 ):
     """Sum over all windows, those of a block and of its neighbours, of what they have of the tokens of the block."""
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    REACH: tl.constexpr = (SIDES[2] + SIDES[1] - 1) // SIDES[1]
+    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
+    REACH: tl.constexpr = (SIDES.halo + SIDES.keys - 1) // SIDES.keys
     image, block_row, block_column = block
     channel = tl.arange(0, CHANNELS)
     sums = tl.zeros([slot.shape[0], CHANNELS], tl.float32)
     for y in tl.static_range(-REACH, REACH + 1):
         for x in tl.static_range(-REACH, REACH + 1):
-            row = slot // SIDES[1] + SIDES[2] - y * SIDES[1]
-            column = slot % SIDES[1] + SIDES[2] - x * SIDES[1]
+            row = slot // SIDES.keys + SIDES.halo - y * SIDES.keys
+            column = slot % SIDES.keys + SIDES.halo - x * SIDES.keys
             held = valid & _within(row, side) & _within(column, side)
             held = held & _within(block_row + y, blocks[0]) & _within(block_column + x, blocks[1])
             place = (image * blocks[0] + block_row + y) * blocks[1] + block_column + x

@@ -8,7 +8,7 @@ in a fixed order, and so is that of the bias table. Bias and visibility come fro
 """
 
 import math
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .fused_kernels import (
     gather_bias_kernel,
 )
 from .fused_kernels_columns import column_table_kernel
+from .fused_kernels_geometry import Ends, Geometries, Plan
 
 TILES = {
     1: {64: (1, 1, 64), 32: (1, 1, 32), 16: (1, 1, 16)},
@@ -47,22 +48,6 @@ PROGRAMS = 512
 """PROGRAMS is the number of programs below which each sums fewer images: about four on each of 132 multiprocessors."""
 
 
-class Geometries(NamedTuple):
-    """Of the tiles of the last axis, in groups of the two lengths that dilation makes.
-
-    The first `lead` tiles of a group and those from `tail` on have geometries of their own; between them geometries
-    repeat every PERIOD tiles.
-
-    Attributes:
-        long, short: lead and tail of groups of each length.
-        count: geometries of groups of the longer length; those of the shorter one follow them.
-    """
-
-    long: tuple[int, int]
-    short: tuple[int, int]
-    count: int
-
-
 def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) -> tuple[Geometries, int, int]:
     """The geometries of an axis, their PERIOD, and how many there are in all."""
     period = stride // math.gcd(stride, tile)
@@ -70,7 +55,7 @@ def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) ->
     ends = []
     for length in (ceil_div(size, dilation), size // dilation):
         lead, tail = ceil_div(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
-        ends.append((lead, tail) if tail >= lead + period else (tiles, tiles))
+        ends.append(Ends(lead, tail) if tail >= lead + period else Ends(tiles, tiles))
     counts = [tiles if lead == tiles else lead + period + tiles - tail for lead, tail in ends]
     return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)
 
@@ -105,7 +90,7 @@ class _Call(Call):
         """Start a kernel whose programs own tiles."""
         parameters = self.parameters(name)
         self.prepare(parameters, by_key)
-        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
+        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"].tiles)
         self.submit(kernel, self.batch * tiles * self.heads, parameters, **arguments)
 
     def prepare(self, parameters: Parameters, by_key: bool) -> None:
@@ -116,7 +101,7 @@ class _Call(Call):
         known, period, total = geometries(self.size[2], self.dilation[2], self.kernel[2], self.stride[2], tile[2])
         box, most = self.box(parameters, tile), self.most_places(tile, by_key)
         self.arguments.update(
-            plan=(self.size, self.dilation, tiles, known),
+            plan=Plan(self.size, self.dilation, tiles, known),
             total=total,
             TILE=tile,
             BOX=box,
@@ -168,7 +153,7 @@ class _Call(Call):
         parameters = self.parameters("backward_bias")
         self.prepare(parameters, False)
         boxes = self.arguments["BOXES"]
-        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
+        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"].tiles)
         images = max(1, min(IMAGES, self.batch, self.batch * tiles * boxes * self.heads // PROGRAMS))
         chunks = ceil_div(self.batch, images)
         size = max(1, chunks) * self.heads * boxes * parameters.block**2 * 4

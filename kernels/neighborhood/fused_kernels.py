@@ -100,7 +100,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
+    length = group.length
     if not before(first, length):
         return
     number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
@@ -156,7 +156,7 @@ def backward_query_kernel(
 ):
     """The gradient of a tile of queries, and delta, the sum of output times its gradient."""
     head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
+    length = group.length
     if not before(first, length):
         return
     position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
@@ -217,7 +217,7 @@ def backward_key_kernel(
 ):
     """The gradients of a tile of keys and values. Scores have keys as rows."""
     head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
+    length = group.length
     if not before(first, length):
         return
     number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
@@ -290,7 +290,7 @@ def backward_bias_kernel(
     index = tl.program_id(0) // (heads * BOXES)
     program = (first_tile + index % count) * heads + tl.program_id(0) % heads
     head, group, first = program_tile(program, heads, plan, TILE)
-    length = group[2]
+    length = group.length
     start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
     steps = box_steps(start, stop, BOX)
     number = tl.program_id(0) // heads % BOXES
@@ -356,7 +356,7 @@ def gather_bias_kernel(
     entry = tl.program_id(0) % BLOCKS * ENTRIES + tl.arange(0, ENTRIES)[:, None]
     index = tl.program_id(0) // BLOCKS
     head, group, first = program_tile(first_tile * heads + index, heads, plan, TILE)
-    length = group[2]
+    length = group.length
     start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
     steps = box_steps(start, stop, BOX)
     places = places_of(tl.arange(0, BLOCK), first, TILE)

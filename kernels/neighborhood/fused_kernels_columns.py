@@ -21,12 +21,12 @@ from .fused_kernels_geometry import axis_box, axis_sees, clamp, places_of, row_o
 @triton.jit
 def geometry_of(first, group, plan, PERIOD: tl.constexpr):
     """Number of the geometry of a tile that begins at `first`, which counts tiles."""
-    _, dilation, _, known = plan
-    short = group[2][2] * dilation[2] < plan[0][2]
-    lead = tl.where(short, known[1][0], known[0][0])
-    tail = tl.where(short, known[1][1], known[0][1])
+    known = plan.geometries
+    short = group.length[2] * plan.dilation[2] < plan.size[2]
+    lead = tl.where(short, known.short.lead, known.long.lead)
+    tail = tl.where(short, known.short.tail, known.long.tail)
     number = tl.where(first < tail, lead + (first - lead) % PERIOD, lead + PERIOD + first - tail)
-    return tl.where(first < lead, first, number) + tl.where(short, known[2], 0)
+    return tl.where(first < lead, first, number) + tl.where(short, known.count, 0)
 
 
 @triton.jit
@@ -56,14 +56,14 @@ def column_table_kernel(
 ):
     """One program: a row of the column table, for one geometry and head."""
     ROWS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1)
-    size, dilation, _, known = plan
+    size, dilation, known = plan.size, plan.dilation, plan.geometries
     row = tl.program_id(0) % (ROWS + 1)
     number = tl.program_id(0) // (ROWS + 1) % total
     head = tl.program_id(0) // (ROWS + 1) // total
-    short = number >= known[2]
-    number -= tl.where(short, known[2], 0)
-    lead = tl.where(short, known[1][0], known[0][0])
-    tail = tl.where(short, known[1][1], known[0][1])
+    short = number >= known.count
+    number -= tl.where(short, known.count, 0)
+    lead = tl.where(short, known.short.lead, known.long.lead)
+    tail = tl.where(short, known.short.tail, known.long.tail)
     length = tl.where(short, size[2] // dilation[2], (size[2] + dilation[2] - 1) // dilation[2])
     first = tl.where(number < lead + PERIOD, number, tail + number - lead - PERIOD) * TILE[2]
     start, _ = axis_box(first, length, TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY)

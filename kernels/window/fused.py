@@ -22,6 +22,7 @@ from .fused_kernels import (
     forward_kernel,
     sum_by_offset_kernel,
 )
+from .fused_kernels_geometry import Plan
 from .fused_kernels_whole import backward_whole_kernel, bias_kernel, forward_whole_kernel
 
 PROGRAMS = {"forward_whole": 4096, "backward_whole": 1024, "backward_bias": 1024}
@@ -57,7 +58,7 @@ class _Call(Call):
         shifts = tuple(offset if count > 1 else 0 for offset, count in shifts)
         self.arguments.update(
             table=None if relative_position_bias is None else relative_position_bias.contiguous(),
-            plan=(self.batch, counts, self.size, step, spacing, shifts),
+            plan=Plan(self.batch, counts, self.size, step, spacing, shifts),
             SHIFTED=any(shifts),
             PER_HEAD=relative_position_bias is not None,
             WINDOW=self.window,
@@ -78,9 +79,9 @@ class _Call(Call):
 
     def alike(self) -> list[int]:
         """Windows of an image that the shift tears in no way, along columns, along rows, and both."""
-        _, counts, *_, shifts = self.arguments["plan"]
+        plan = self.arguments["plan"]
         (rows, torn_rows), (columns, torn_columns) = (
-            (count - (shift > 0), int(shift > 0)) for count, shift in zip(counts, shifts, strict=True)
+            (count - (shift > 0), int(shift > 0)) for count, shift in zip(plan.counts, plan.shift, strict=True)
         )
         return [rows * columns, rows * torn_columns, torn_rows * columns, torn_rows * torn_columns]
 

@@ -64,7 +64,7 @@ def _part(heads, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.cons
     """What a program owns: head, window and the slots of a part of it."""
     PARTS: tl.constexpr = (WINDOW[0] * WIDTH + BLOCK - 1) // BLOCK
     part = tl.program_id(0) // heads % PARTS
-    window = unravel(tl.program_id(0) // (heads * PARTS), (0, 0, plan[1][0], plan[1][1]))
+    window = unravel(tl.program_id(0) // (heads * PARTS), (0, 0, plan.counts[0], plan.counts[1]))
     return tl.program_id(0) % heads, window, part * BLOCK + tl.arange(0, BLOCK)
 
 
@@ -208,8 +208,8 @@ def backward_bias_kernel(
     bias = bias_of(table, head, slot[:, None], key_slot[None, :], WINDOW, WIDTH, 1)
     sums = tl.zeros([BLOCK, BLOCK], tl.float32)
     first = chunk * windows_per_program
-    for index in range(first, tl.minimum(first + windows_per_program, plan[0] * plan[1][0] * plan[1][1])):
-        window = unravel(index, (0, 0, plan[1][0], plan[1][1]))
+    for index in range(first, tl.minimum(first + windows_per_program, plan.batch * plan.counts[0] * plan.counts[1])):
+        window = unravel(index, (0, 0, plan.counts[0], plan.counts[1]))
         position, valid = locate(slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
         key_position, key_valid = locate(key_slot, window, plan, WINDOW, WIDTH, 1, SHIFTED)
         queries, grads = load_maps(query, grad_output, position, head, valid, HEAD_DIM, CHANNELS)

@@ -35,8 +35,7 @@ def bias_kernel(
     bias = bias_of(table, head, slot[:, None], slot[None, :], WINDOW, WINDOW[1], PACK)
     bias += tl.zeros([BLOCK, BLOCK], tl.float32)  # without a table it is the same for all queries
     if SHIFTED:
-        counts = plan[1]
-        window = (0, way // 2 * (counts[0] - 1), way % 2 * (counts[1] - 1))
+        window = (0, way // 2 * (plan.counts[0] - 1), way % 2 * (plan.counts[1] - 1))
         bias = tear(bias, slot, slot, window, plan, WINDOW, WINDOW[1], SHIFTED)
     tl.store(tiles + tl.program_id(0) * BLOCK * BLOCK + slot[:, None] * BLOCK + slot[None, :], bias)
 
@@ -58,7 +57,7 @@ def _blocks_of_program(plan, heads, blocks_per_program, PACK: tl.constexpr, SHIF
         head; the way; top, left, rows and columns of the rectangle of windows that are torn so; the first block of the
         program, numbered through the images, and the one behind its last.
     """
-    batch, counts, _, _, _, shift = plan
+    batch, counts, shift = plan.batch, plan.counts, plan.shift
     index, way, rows, columns = tl.program_id(0) // heads, 0, counts[0], counts[1]
     if SHIFTED:
         torn_rows, torn_columns = (shift[0] > 0).to(tl.int32), (shift[1] > 0).to(tl.int32)
