@@ -9,7 +9,7 @@ head. Scores are held in base 2, as the hardware has exp2 only.
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import torch
 import triton
@@ -271,6 +271,40 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+class Inputs(NamedTuple):
+    """What kernels of every operator take; CHANNELS are head_dim and value_dim padded, see :func:`padded_channels`."""
+
+    query: Tokens
+    key: Tokens
+    value: Tokens
+    heads: int
+    scale: float
+    HEAD_DIM: int
+    CHANNELS: int
+    VALUE_DIM: int
+    VALUE_CHANNELS: int
+    PRECISION: str
+
+
+class Outputs(NamedTuple):
+    """What kernels of a forward write."""
+
+    output: Tokens
+    logsumexp: Tokens
+
+
+class Gradients(NamedTuple):
+    """What kernels of a backward read and write; delta is written by the first of them."""
+
+    grad_output: Tokens
+    output: Tokens
+    logsumexp: Tokens
+    delta: Tokens
+    grad_query: Optional[Tokens]
+    grad_key: Optional[Tokens]
+    grad_value: Optional[Tokens]
+
+
 class Call:
     """What the launches of one call share.
 
@@ -286,18 +320,19 @@ class Call:
         self.batch, *spatial, self.heads, self.head_dim = query.shape
         self.value_dim = value.shape[-1]
         self.size = self.leading(spatial, 1)
-        self.arguments = {
-            "query": self.tokens(query),
-            "key": self.tokens(key),
-            "value": self.tokens(value),
-            "heads": self.heads,
-            "scale": float(self.head_dim**-0.5 if scale is None else scale),
-            "HEAD_DIM": self.head_dim,
-            "CHANNELS": padded_channels(self.head_dim),
-            "VALUE_DIM": self.value_dim,
-            "VALUE_CHANNELS": padded_channels(self.value_dim),
-            "PRECISION": precision(query.dtype),
-        }
+        self.inputs = Inputs(
+            query=self.tokens(query),
+            key=self.tokens(key),
+            value=self.tokens(value),
+            heads=self.heads,
+            scale=float(self.head_dim**-0.5 if scale is None else scale),
+            HEAD_DIM=self.head_dim,
+            CHANNELS=padded_channels(self.head_dim),
+            VALUE_DIM=self.value_dim,
+            VALUE_CHANNELS=padded_channels(self.value_dim),
+            PRECISION=precision(query.dtype),
+        )
+        self.results: Union[Outputs, Gradients, None] = None
 
     def leading(self, values: Sequence, filling: Any) -> tuple:
         """The values of the spatial axes, with a filling for those that the map does not have."""
@@ -311,7 +346,7 @@ class Call:
         shape = self.query.shape[:-1]
         output = self.query.new_empty((*shape, self.value_dim))
         logsumexp = self.query.new_empty(shape, dtype=torch.float32)
-        self.arguments.update(output=self.tokens(output), logsumexp=self.tokens(logsumexp, channels=False))
+        self.results = Outputs(self.tokens(output), self.tokens(logsumexp, channels=False))
         return output, logsumexp
 
     def start_backward(
@@ -327,29 +362,33 @@ class Call:
         Args:
             into: use these tensors for the gradients.
         """
-        self.arguments.update(
-            grad_output=self.tokens(grad_output),
-            output=self.tokens(output),
-            logsumexp=self.tokens(logsumexp, channels=False),
-            delta=self.tokens(torch.empty_like(logsumexp), channels=False),
-        )
-        names = ("query", "key", "value")
-        sources = [self.arguments[name].pointer for name in names]
+        sources = [tokens.pointer for tokens in self.inputs[:3]]
         spaces = into or [
             source.new_empty(source.shape) if needed else None
             for source, needed in zip(sources, needs_gradient, strict=False)
         ]
         gradients = [space if needed else None for space, needed in zip(spaces, needs_gradient, strict=False)]
-        for name, gradient in zip(names, gradients, strict=True):
-            self.arguments[f"grad_{name}"] = self.tokens(gradient)
+        self.results = Gradients(
+            self.tokens(grad_output),
+            self.tokens(output),
+            self.tokens(logsumexp, channels=False),
+            self.tokens(torch.empty_like(logsumexp), channels=False),
+            *map(self.tokens, gradients),
+        )
         return gradients
 
     def parameters(self, kernel: str) -> Parameters:
         widest = padded_channels(max(self.head_dim, self.value_dim))
         return launch_parameters(f"{self.operator}_{kernel}", self.query, widest)
 
-    def submit(self, kernel: Any, programs: int, parameters: Parameters, **arguments: Any) -> None:
-        """Start a kernel; of the arguments that all kernels share it gets those that it takes."""
-        wanted = set(kernel.arg_names) - set(arguments)
-        shared = {name: value for name, value in self.arguments.items() if name in wanted}
-        submit(kernel, programs, parameters, **shared, BLOCK=parameters.block, **arguments)
+    def submit(self, kernel: Any, programs: int, parameters: Parameters, *groups: NamedTuple, **arguments: Any) -> None:
+        """Start a kernel with the arguments given.
+
+        Args:
+            groups: besides inputs and results; a kernel gets the fields that it takes, by their names.
+        """
+        known = {"BLOCK": parameters.block}
+        for group in (self.inputs, self.results, *groups):
+            known.update(group._asdict() if group is not None else {})
+        taken = {name: known[name] for name in kernel.arg_names if name in known}
+        submit(kernel, programs, parameters, **{**taken, **arguments})

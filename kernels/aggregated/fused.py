@@ -3,7 +3,7 @@ keys, for one head; nothing is unfolded. Gradients of pooled keys and of biases 
 programs leave partial sums in float32, which are added in a fixed order. There are no atomics.
 """
 
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,31 @@ the biases of a tile, read once more.
 """
 
 
+class _Map(NamedTuple):
+    """The arguments of all kernels of the map and its pooled tokens.
+
+    Attributes:
+        pooled_bias: (heads, tokens, CELLS), -inf for pooled tokens that are none.
+        tokens, pooled: tokens of the map, and pooled ones.
+        STEP: pooled tokens that a program takes at once.
+        CELLS: pooled, padded to whole steps.
+        WHOLE: whether there is one step.
+    """
+
+    pooled_key: Tokens
+    pooled_value: Tokens
+    local_bias: Optional[Tensor]
+    pooled_bias: Optional[Tensor]
+    value_weights: Optional[Tokens]
+    batch: int
+    tokens: int
+    pooled: int
+    WINDOW: int
+    STEP: int
+    CELLS: int
+    WHOLE: bool
+
+
 class _Call(Call):
     """What the launches of one call share."""
 
@@ -48,27 +73,28 @@ class _Call(Call):
     ) -> None:
         super().__init__("aggregated", query, key, value, scale)
         self.window, self.tokens_of_map = window_size, self.size[0] * self.size[1]
-        self.arguments.update(
-            pooled_key=self.pooled_tokens(pooled_key),
-            pooled_value=self.pooled_tokens(pooled_value),
-            local_bias=None if local_bias is None else local_bias.contiguous(),
-            pooled_bias=None,
-            value_weights=self.tokens(value_weights),
-            WINDOW=window_size,
-            batch=self.batch,
-            tokens=self.tokens_of_map,
-        )
-        self.pooled = self.arguments["pooled"] = self.arguments["pooled_key"].pointer.shape[1]
+        pooled_keys, pooled_values = (as_tokens(pooled.flatten(1, -3), 1) for pooled in (pooled_key, pooled_value))
+        self.pooled = pooled_keys.pointer.shape[1]
         widest = 64 if self.head_dim <= 32 else 32  # wide heads leave fewer registers for pooled tokens
         step = max(16, min(widest, next_power_of_two(self.pooled)))
         self.steps = ceil_div(self.pooled, step)
-        self.arguments.update(STEP=step, CELLS=self.steps * step, WHOLE=self.pooled <= step)
         if pooled_bias is not None:
             pooled_bias = pooled_bias.expand(self.heads, self.tokens_of_map, self.pooled)
-            self.arguments["pooled_bias"] = _padded_bias(pooled_bias, self.steps * step)
-
-    def pooled_tokens(self, tensor: Tensor) -> Tokens:
-        return as_tokens(tensor.flatten(1, -3), 1)
+            pooled_bias = _padded_bias(pooled_bias, self.steps * step)
+        self.map = _Map(
+            pooled_key=pooled_keys,
+            pooled_value=pooled_values,
+            local_bias=None if local_bias is None else local_bias.contiguous(),
+            pooled_bias=pooled_bias,
+            value_weights=self.tokens(value_weights),
+            batch=self.batch,
+            tokens=self.tokens_of_map,
+            pooled=self.pooled,
+            WINDOW=window_size,
+            STEP=step,
+            CELLS=self.steps * step,
+            WHOLE=self.pooled <= step,
+        )
 
     def tiling(self, parameters: Parameters) -> tuple[tuple[int, int], tuple[int, int], int, int]:
         """Extent of a tile, number of tiles along each axis, images that a program takes one through, and parts."""
@@ -90,6 +116,7 @@ class _Call(Call):
             kernel,
             self.programs_of_head(parameters) * self.heads,
             parameters,
+            self.map,
             plan=Plan(self.size, tiles, self.batch, self.heads, images),
             TILE=tile,
             BOX=max(16, next_power_of_two(box)),
@@ -99,13 +126,19 @@ class _Call(Call):
 
     def flatten(self) -> None:
         """Put the rows of the map behind each other, for the kernels that follow; copies them where they lie apart."""
-        for name in ("query", "grad_output", "logsumexp", "delta"):
-            tensor = self.arguments[name].pointer
-            self.arguments[name] = as_tokens(tensor.flatten(1, 2), 1, channels=tensor.dim() == 5)
+        found = self.results
+        self.inputs = self.inputs._replace(query=_flat(self.inputs.query))
+        self.results = found._replace(
+            grad_output=_flat(found.grad_output), logsumexp=_flat(found.logsumexp), delta=_flat(found.delta)
+        )
 
     def partial(self, *shape: int) -> Tensor:
         """Space for sums that are added later."""
         return self.query.new_empty(shape, dtype=torch.float32)
+
+
+def _flat(tokens: Tokens) -> Tokens:
+    return as_tokens(tokens.pointer.flatten(1, 2), 1, channels=tokens.pointer.dim() == 5)
 
 
 def _padded_bias(bias: Tensor, cells: int) -> Tensor:
@@ -174,8 +207,16 @@ def _backward_pooled(call: _Call, needs_key: bool, needs_value: bool) -> list[Op
     shape = (parts, call.batch, call.pooled, call.heads, call.head_dim)
     partials = [call.partial(*shape) if needed else None for needed in (needs_key, needs_value)]
     sums = (None if partial is None else as_tokens(partial.flatten(0, 1), 1) for partial in partials)
-    outputs = dict(zip(("partial_key", "partial_value"), sums, strict=True))
-    call.submit(backward_pooled_kernel, parts * programs, parameters, runs_per_program=runs, **outputs)
+    partial_key, partial_value = sums
+    call.submit(
+        backward_pooled_kernel,
+        parts * programs,
+        parameters,
+        call.map,
+        runs_per_program=runs,
+        partial_key=partial_key,
+        partial_value=partial_value,
+    )
     return [None if partial is None else partial.sum(0) for partial in partials]
 
 
@@ -185,5 +226,7 @@ def _backward_bias(call: _Call) -> Tensor:
     programs = ceil_div(call.tokens_of_map, parameters.block) * call.steps * call.heads
     images, parts = _items_per_program(call.batch, programs, PROGRAMS)
     partial = call.partial(parts, call.heads, call.tokens_of_map, call.pooled)
-    call.submit(backward_bias_kernel, parts * programs, parameters, partial=partial, images_per_program=images)
+    call.submit(
+        backward_bias_kernel, parts * programs, parameters, call.map, partial=partial, images_per_program=images
+    )
     return partial.sum(0)

@@ -11,12 +11,12 @@ many images at a time as fit in SCRATCH.
 """
 
 import math
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
 from ..launch import Parameters
-from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
+from ..triton_common import Call, Tokens, ceil_div, next_power_of_two, refuse_tensors
 from .fused_kernels import Plan, Sides, backward_key_kernel, backward_query_kernel, forward_kernel
 
 MOST_QUERIES = 64
@@ -34,6 +34,25 @@ SCRATCH = 2**30
 """SCRATCH is the number of bytes for the gradients of windows. It is large, 1 GiB, since one launch for all images is
 faster than several.
 """
+
+
+class _Blocks(NamedTuple):
+    """The arguments of all kernels of blocks; height, width: relative logits."""
+
+    height: Optional[Tokens]
+    width: Optional[Tokens]
+    plan: Plan
+    SIDES: Sides
+    MASK_PADDING: bool
+    FEW_KEYS: bool
+
+
+class _Windows(NamedTuple):
+    """The gradients of the windows of some images, from the image `first` on."""
+
+    window_keys: Optional[Tensor]
+    window_values: Optional[Tensor]
+    first: int
 
 
 class _Call(Call):
@@ -58,10 +77,8 @@ class _Call(Call):
         self.side = self.size[0] // self.blocks[0]
         self.block_size, self.window = block_size, block_size + 2 * halo_size
         self.logits = (relative_height_logits, relative_width_logits)
-        height, width = map(self.tokens, self.logits)
-        self.arguments.update(
-            height=height,
-            width=width,
+        self.map = _Blocks(
+            *map(self.tokens, self.logits),
             plan=Plan(self.key_size, self.blocks),
             SIDES=Sides(self.side, block_size, halo_size),
             MASK_PADDING=mask_padding,
@@ -74,45 +91,53 @@ class _Call(Call):
             return self.window**2
         return math.prod(min(size, self.block_size + halo_size) for size in self.key_size)
 
-    def start(self, name: str, kernel: Any, images: int, **arguments: Any) -> None:
+    def start(self, name: str, kernel: Any, images: int, *groups: NamedTuple, **arguments: Any) -> None:
         """Start a kernel whose programs own queries."""
         parameters = self.parameters(name)
         queries, parts = self.queries_of_program(parameters)
         columns = min(parameters.block, max(16, next_power_of_two(self.window)))
         rest = next_power_of_two(self.window % (parameters.block // columns))  # rows of the last strip
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
-        shape = {"QUERIES": queries, "PARTS": parts, "COLUMNS": columns, "REST_ROWS": rest}
-        self.submit(kernel, programs, parameters, **shape, **arguments)
+        self.submit(
+            kernel,
+            programs,
+            parameters,
+            self.map,
+            *groups,
+            QUERIES=queries,
+            PARTS=parts,
+            COLUMNS=columns,
+            REST_ROWS=rest,
+            **arguments,
+        )
 
     def queries_of_program(self, parameters: Parameters) -> tuple[int, int]:
         """Queries that a program takes, and parts of a block that they make."""
         queries = min(2 * parameters.block, MOST_QUERIES, max(16, next_power_of_two(self.side**2)))
         return queries, ceil_div(self.side**2, queries)
 
-    def backward(self, needs_key: bool, needs_value: bool) -> None:
+    def backward(self, needs_key: bool, needs_value: bool, **gradients: Optional[Tokens]) -> None:
         """Images at a time: the gradients of all windows, then, for the keys and values, their sums."""
         _, query_parts = self.queries_of_program(self.parameters("backward_query"))
         windows = self.blocks[0] * self.blocks[1] * query_parts * self.heads * self.window**2
         size = windows * self.key.element_size() * (self.head_dim * needs_key + self.value_dim * needs_value)
         images = self.batch if size == 0 else max(1, min(self.batch, SCRATCH // size))
-        scratch = {
-            name: self.key.new_empty((images * windows, channels)) if needed else None
-            for name, channels, needed in (
-                ("window_keys", self.head_dim, needs_key),
-                ("window_values", self.value_dim, needs_value),
-            )
-        }
+        scratch = [
+            self.key.new_empty((images * windows, channels)) if needed else None
+            for channels, needed in ((self.head_dim, needs_key), (self.value_dim, needs_value))
+        ]
         for first in range(0, self.batch, max(images, 1)):
             count = min(images, self.batch - first)
-            self.start("backward_query", backward_query_kernel, count, first=first, **scratch)
+            held = _Windows(*scratch, first)
+            self.start("backward_query", backward_query_kernel, count, held, **gradients)
             if needs_key or needs_value:
-                self._add_windows(count, query_parts, first=first, **scratch)
+                self._add_windows(count, query_parts, held)
 
-    def _add_windows(self, images: int, query_parts: int, **arguments: Any) -> None:
+    def _add_windows(self, images: int, query_parts: int, held: _Windows) -> None:
         parameters = self.parameters("backward_key")
         parts = ceil_div(self.block_size**2, parameters.block)
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
-        self.submit(backward_key_kernel, programs, parameters, PARTS=parts, QUERY_PARTS=query_parts, **arguments)
+        self.submit(backward_key_kernel, programs, parameters, self.map, held, PARTS=parts, QUERY_PARTS=query_parts)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
@@ -134,8 +159,10 @@ def backward(
     call = _Call(*arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
     _, needs_key, needs_value, *needs_logits = needs_gradient
-    for name, logits, needed in zip(("grad_height", "grad_width"), call.logits, needs_logits, strict=True):
-        gradients.append(logits.new_empty(logits.shape) if needed else None)
-        call.arguments[name] = call.tokens(gradients[-1])
-    call.backward(needs_key, needs_value)
+    grad_height, grad_width = (
+        logits.new_empty(logits.shape) if needed else None
+        for logits, needed in zip(call.logits, needs_logits, strict=True)
+    )
+    call.backward(needs_key, needs_value, grad_height=call.tokens(grad_height), grad_width=call.tokens(grad_width))
+    gradients += [grad_height, grad_width]
     return [gradient for gradient in gradients if gradient is not None]

@@ -8,13 +8,13 @@ in a fixed order, and so is that of the bias table. Bias and visibility come fro
 """
 
 import math
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from ..checks import neighborhood_options
-from ..launch import Parameters, submit
+from ..launch import Parameters
 from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
 from .fused_kernels import (
     backward_bias_kernel,
@@ -60,6 +60,40 @@ def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) ->
     return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)
 
 
+class _Neighborhoods(NamedTuple):
+    """The arguments of all kernels that do not depend on tiles; three axes, of which leading ones may be missing."""
+
+    BIASED: bool
+    RANK: int
+    KERNEL: tuple[int, int, int]
+    STRIDE: tuple[int, int, int]
+    CAUSAL: tuple[bool, bool, bool]
+
+
+class _Tiles(NamedTuple):
+    """The arguments of kernels whose programs own tiles, of queries or BY_KEY.
+
+    Attributes:
+        total, PERIOD: see :func:`geometries`.
+        TILE, BOX: extents.
+        STEPS, BOXES: the most boxes that a tile meets along the last axis, and along all.
+    """
+
+    plan: Plan
+    total: int
+    TILE: tuple[int, int, int]
+    BOX: tuple[int, int, int]
+    STEPS: int
+    BOXES: int
+    PERIOD: int
+    BY_KEY: bool
+
+    @property
+    def count(self) -> int:
+        """Tiles of an image and head."""
+        return math.prod(self.plan.dilation) * math.prod(self.plan.tiles)
+
+
 class _Call(Call):
     """The tiles of one call."""
 
@@ -81,26 +115,23 @@ class _Call(Call):
         self.kernel, self.stride, self.dilation = (self.leading(option, 1) for option in options[:3])
         self.table = None if relative_position_bias is None else relative_position_bias.contiguous()
         causal = self.leading(options[3], False)
-        self.arguments.update(
-            BIASED=self.table is not None, RANK=self.rank, KERNEL=self.kernel, STRIDE=self.stride, CAUSAL=causal
-        )
+        self.map = _Neighborhoods(self.table is not None, self.rank, self.kernel, self.stride, causal)
         self.column_tables = {}
 
-    def start(self, name: str, kernel: Any, by_key: bool = False, **arguments: Any) -> None:
+    def start(self, name: str, kernel: Any, by_key: bool = False) -> None:
         """Start a kernel whose programs own tiles."""
         parameters = self.parameters(name)
-        self.prepare(parameters, by_key)
-        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"].tiles)
-        self.submit(kernel, self.batch * tiles * self.heads, parameters, **arguments)
+        tiles, columns = self.tiles(parameters, by_key)
+        self.submit(kernel, self.batch * tiles.count * self.heads, parameters, self.map, tiles, columns=columns)
 
-    def prepare(self, parameters: Parameters, by_key: bool) -> None:
-        """Arguments that follow from the extent of tiles and boxes, and the column table for them."""
+    def tiles(self, parameters: Parameters, by_key: bool) -> tuple[_Tiles, Tensor]:
+        """The tiles of a launch, and the column table for them."""
         tile = TILES[self.rank][parameters.block]
         axes = zip(self.size, self.dilation, tile, strict=True)
         tiles = tuple(ceil_div(ceil_div(size, step), extent) for size, step, extent in axes)
         known, period, total = geometries(self.size[2], self.dilation[2], self.kernel[2], self.stride[2], tile[2])
         box, most = self.box(parameters, tile), self.most_places(tile, by_key)
-        self.arguments.update(
+        made = _Tiles(
             plan=Plan(self.size, self.dilation, tiles, known),
             total=total,
             TILE=tile,
@@ -111,18 +142,24 @@ class _Call(Call):
             BY_KEY=by_key,
         )
         if (parameters.block, by_key) not in self.column_tables:
-            self.column_tables[parameters.block, by_key] = self._make_columns(parameters, tile, box, total)
-        self.arguments["columns"] = self.column_tables[parameters.block, by_key]
+            self.column_tables[parameters.block, by_key] = self._make_columns(parameters, made)
+        return made, self.column_tables[parameters.block, by_key]
 
-    def _make_columns(self, parameters: Parameters, tile: Sequence[int], box: Sequence[int], total: int) -> Tensor:
+    def _make_columns(self, parameters: Parameters, tiles: _Tiles) -> Tensor:
         heads = 1 if self.table is None else self.heads
         rows = (2 * self.kernel[0] - 1) * (2 * self.kernel[1] - 1) + 1
-        programs = heads * total * rows
-        steps = self.arguments["STEPS"]
-        columns = self.query.new_empty((programs, steps, tile[2], box[2]), dtype=torch.float32)
-        known = {**self.arguments, "query": self.query, "table": self.table, "columns": columns}
-        arguments = {name: known[name] for name in column_table_kernel.arg_names}
-        submit(column_table_kernel, programs, Parameters(parameters.block, 4, 1), **arguments)
+        programs = heads * tiles.total * rows
+        columns = self.query.new_empty((programs, tiles.STEPS, tiles.TILE[2], tiles.BOX[2]), dtype=torch.float32)
+        self.submit(
+            column_table_kernel,
+            programs,
+            Parameters(parameters.block, 4, 1),
+            self.map,
+            tiles,
+            query=self.query,
+            table=self.table,
+            columns=columns,
+        )
         return columns
 
     def most_places(self, tile: Sequence[int], by_key: bool) -> list[int]:
@@ -151,9 +188,8 @@ class _Call(Call):
     def backward_bias(self) -> Tensor:
         """The gradient of the table: sums of score gradients over images, then over the pairs of one offset."""
         parameters = self.parameters("backward_bias")
-        self.prepare(parameters, False)
-        boxes = self.arguments["BOXES"]
-        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"].tiles)
+        made, columns = self.tiles(parameters, by_key=False)
+        boxes, tiles = made.BOXES, made.count
         images = max(1, min(IMAGES, self.batch, self.batch * tiles * boxes * self.heads // PROGRAMS))
         chunks = ceil_div(self.batch, images)
         size = max(1, chunks) * self.heads * boxes * parameters.block**2 * 4
@@ -164,12 +200,24 @@ class _Call(Call):
             count = min(most, tiles - first)
             shared = {"first_tile": first, "count": count, "sums": scratch}
             programs = chunks * count * boxes * self.heads
-            self.submit(backward_bias_kernel, programs, parameters, batch=self.batch, images=images, **shared)
+            self.submit(
+                backward_bias_kernel,
+                programs,
+                parameters,
+                self.map,
+                made,
+                columns=columns,
+                batch=self.batch,
+                images=images,
+                **shared,
+            )
             programs = count * self.heads * ceil_div(math.prod(self.table.shape[1:]), ENTRIES)
             self.submit(
                 gather_bias_kernel,
                 programs,
                 parameters,
+                self.map,
+                made,
                 grad_table=partial,
                 chunks=chunks,
                 ENTRIES=ENTRIES,

@@ -11,7 +11,7 @@ order, without atomics.
 Where a route names no region, its keys are left out: no memory outside the tensors is read.
 """
 
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,32 @@ ROUTES_OF_PROGRAM = 1024
 """
 
 
+class _Regions(NamedTuple):
+    """The arguments of all kernels of regions.
+
+    Attributes:
+        regions: of an image.
+        TOKENS: of a region.
+        COLUMNS: of regions.
+        WIDTH: tokens of a row of a region.
+        TOPK: routes of a region.
+    """
+
+    routes: Tensor
+    regions: int
+    TOKENS: int
+    COLUMNS: int
+    WIDTH: int
+    TOPK: int
+
+
+class _Askers(NamedTuple):
+    """Who is routed to a region, as a list by region, and the section of each region."""
+
+    askers: Tensor
+    sections: Tensor
+
+
 class _Call(Call):
     """The regions of one call."""
 
@@ -36,14 +62,7 @@ class _Call(Call):
         self.routes = routes.contiguous()
         rows, height, columns, width = self.size
         self.regions, self.tokens_of_region, self.topk = rows * columns, height * width, routes.shape[2]
-        self.arguments.update(
-            routes=self.routes,
-            regions=self.regions,
-            TOKENS=self.tokens_of_region,
-            COLUMNS=columns,
-            WIDTH=width,
-            TOPK=self.topk,
-        )
+        self.map = _Regions(self.routes, self.regions, self.tokens_of_region, columns, width, self.topk)
 
     def as_map(self, tokens: Tensor) -> Tensor:
         """A tensor of the call as a map, a view: a list is one of a single column, of regions one token high."""
@@ -53,7 +72,7 @@ class _Call(Call):
         """The inverse of :meth:`as_map`."""
         return tokens[:, :, 0, 0] if self.is_list else tokens
 
-    def submit_regions(self, kernel, name: str, **arguments) -> None:
+    def submit_regions(self, kernel, name: str, *groups: NamedTuple) -> None:
         """Programs own tokens of regions; in each step they meet tokens of the regions in a list."""
         parameters = self.parameters(name)
         owned, step = (
@@ -61,19 +80,18 @@ class _Call(Call):
             for tokens in (self.tokens_of_region, self.topk * self.tokens_of_region)
         )
         programs = self.batch * self.regions * ceil_div(self.tokens_of_region, owned) * self.heads
-        warps = _warps(owned, self.arguments["CHANNELS"], self.query.element_size())
+        warps = _warps(owned, self.inputs.CHANNELS, self.query.element_size())
         parameters = parameters._replace(block=owned, warps=min(parameters.warps, warps))
-        self.submit(kernel, programs, parameters, STEP=step, **arguments)
+        self.submit(kernel, programs, parameters, self.map, *groups, STEP=step)
 
-    def invert(self) -> dict[str, Tensor]:
-        """Who is routed to a region, as a list by region, and the section of each region."""
+    def invert(self) -> _Askers:
         askers = self.routes.new_empty((self.batch, self.regions * self.topk), dtype=torch.int32)
         sections = self.routes.new_empty((self.batch, self.regions + 1), dtype=torch.int32)
-        lists = {"askers": askers, "sections": sections}
+        lists = _Askers(askers, sections)
         routes = next_power_of_two(self.topk)
         block = min(max(1, ROUTES_OF_PROGRAM // routes), next_power_of_two(self.regions))
         parameters = Parameters(block=block, warps=max(1, block * routes // 1024), stages=1)
-        self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, ROUTES=routes, **lists)
+        self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, self.map, lists, ROUTES=routes)
         return lists
 
 
@@ -112,5 +130,5 @@ def backward(
     gradients = call.start_backward(*maps, needs_gradient, spaces)
     call.submit_regions(backward_query_kernel, "backward_query")
     if needs_gradient[1] or needs_gradient[2]:
-        call.submit_regions(backward_key_kernel, "backward_key", **call.invert())
+        call.submit_regions(backward_key_kernel, "backward_key", call.invert())
     return [call.as_given(gradient) for gradient in gradients if gradient is not None]
