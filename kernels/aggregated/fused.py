@@ -81,7 +81,7 @@ class _Call(Call):
         if pooled_bias is not None:
             pooled_bias = pooled_bias.expand(self.heads, self.tokens_of_map, self.pooled)
             pooled_bias = _padded_bias(pooled_bias, self.steps * step)
-        self.map = _Map(
+        self.shared = _Map(
             pooled_key=pooled_keys,
             pooled_value=pooled_values,
             local_bias=None if local_bias is None else local_bias.contiguous(),
@@ -116,7 +116,7 @@ class _Call(Call):
             kernel,
             self.programs_of_head(parameters) * self.heads,
             parameters,
-            self.map,
+            self.shared,
             plan=Plan(self.size, tiles, self.batch, self.heads, images),
             TILE=tile,
             BOX=max(16, next_power_of_two(box)),
@@ -212,7 +212,7 @@ def _backward_pooled(call: _Call, needs_key: bool, needs_value: bool) -> list[Op
         backward_pooled_kernel,
         parts * programs,
         parameters,
-        call.map,
+        call.shared,
         runs_per_program=runs,
         partial_key=partial_key,
         partial_value=partial_value,
@@ -227,6 +227,6 @@ def _backward_bias(call: _Call) -> Tensor:
     images, parts = _items_per_program(call.batch, programs, PROGRAMS)
     partial = call.partial(parts, call.heads, call.tokens_of_map, call.pooled)
     call.submit(
-        backward_bias_kernel, parts * programs, parameters, call.map, partial=partial, images_per_program=images
+        backward_bias_kernel, parts * programs, parameters, call.shared, partial=partial, images_per_program=images
     )
     return partial.sum(0)

@@ -77,7 +77,7 @@ class _Call(Call):
         self.side = self.size[0] // self.blocks[0]
         self.block_size, self.window = block_size, block_size + 2 * halo_size
         self.logits = (relative_height_logits, relative_width_logits)
-        self.map = _Blocks(
+        self.shared = _Blocks(
             *map(self.tokens, self.logits),
             plan=Plan(self.key_size, self.blocks),
             SIDES=Sides(self.side, block_size, halo_size),
@@ -102,7 +102,7 @@ class _Call(Call):
             kernel,
             programs,
             parameters,
-            self.map,
+            self.shared,
             *groups,
             QUERIES=queries,
             PARTS=parts,
@@ -137,7 +137,7 @@ class _Call(Call):
         parameters = self.parameters("backward_key")
         parts = ceil_div(self.block_size**2, parameters.block)
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
-        self.submit(backward_key_kernel, programs, parameters, self.map, held, PARTS=parts, QUERY_PARTS=query_parts)
+        self.submit(backward_key_kernel, programs, parameters, self.shared, held, PARTS=parts, QUERY_PARTS=query_parts)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:

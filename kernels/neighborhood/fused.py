@@ -115,14 +115,14 @@ class _Call(Call):
         self.kernel, self.stride, self.dilation = (self.leading(option, 1) for option in options[:3])
         self.table = None if relative_position_bias is None else relative_position_bias.contiguous()
         causal = self.leading(options[3], False)
-        self.map = _Neighborhoods(self.table is not None, self.rank, self.kernel, self.stride, causal)
+        self.shared = _Neighborhoods(self.table is not None, self.rank, self.kernel, self.stride, causal)
         self.column_tables = {}
 
     def start(self, name: str, kernel: Any, by_key: bool = False) -> None:
         """Start a kernel whose programs own tiles."""
         parameters = self.parameters(name)
         tiles, columns = self.tiles(parameters, by_key)
-        self.submit(kernel, self.batch * tiles.count * self.heads, parameters, self.map, tiles, columns=columns)
+        self.submit(kernel, self.batch * tiles.count * self.heads, parameters, self.shared, tiles, columns=columns)
 
     def tiles(self, parameters: Parameters, by_key: bool) -> tuple[_Tiles, Tensor]:
         """The tiles of a launch, and the column table for them."""
@@ -154,7 +154,7 @@ class _Call(Call):
             column_table_kernel,
             programs,
             Parameters(parameters.block, 4, 1),
-            self.map,
+            self.shared,
             tiles,
             query=self.query,
             table=self.table,
@@ -198,30 +198,30 @@ class _Call(Call):
         scratch = self.query.new_empty((most * size // 4,), dtype=torch.float32)
         for first in range(0, tiles, most):
             count = min(most, tiles - first)
-            shared = {"first_tile": first, "count": count, "sums": scratch}
+            some = {"first_tile": first, "count": count, "sums": scratch}
             programs = chunks * count * boxes * self.heads
             self.submit(
                 backward_bias_kernel,
                 programs,
                 parameters,
-                self.map,
+                self.shared,
                 made,
                 columns=columns,
                 batch=self.batch,
                 images=images,
-                **shared,
+                **some,
             )
             programs = count * self.heads * ceil_div(math.prod(self.table.shape[1:]), ENTRIES)
             self.submit(
                 gather_bias_kernel,
                 programs,
                 parameters,
-                self.map,
+                self.shared,
                 made,
                 grad_table=partial,
                 chunks=chunks,
                 ENTRIES=ENTRIES,
-                **shared,
+                **some,
             )
         return partial.sum(0)
 

@@ -62,7 +62,7 @@ class _Call(Call):
         self.routes = routes.contiguous()
         rows, height, columns, width = self.size
         self.regions, self.tokens_of_region, self.topk = rows * columns, height * width, routes.shape[2]
-        self.map = _Regions(self.routes, self.regions, self.tokens_of_region, columns, width, self.topk)
+        self.shared = _Regions(self.routes, self.regions, self.tokens_of_region, columns, width, self.topk)
 
     def as_map(self, tokens: Tensor) -> Tensor:
         """A tensor of the call as a map, a view: a list is one of a single column, of regions one token high."""
@@ -82,7 +82,7 @@ class _Call(Call):
         programs = self.batch * self.regions * ceil_div(self.tokens_of_region, owned) * self.heads
         warps = _warps(owned, self.inputs.CHANNELS, self.query.element_size())
         parameters = parameters._replace(block=owned, warps=min(parameters.warps, warps))
-        self.submit(kernel, programs, parameters, self.map, *groups, STEP=step)
+        self.submit(kernel, programs, parameters, self.shared, *groups, STEP=step)
 
     def invert(self) -> _Askers:
         askers = self.routes.new_empty((self.batch, self.regions * self.topk), dtype=torch.int32)
@@ -91,7 +91,7 @@ class _Call(Call):
         routes = next_power_of_two(self.topk)
         block = min(max(1, ROUTES_OF_PROGRAM // routes), next_power_of_two(self.regions))
         parameters = Parameters(block=block, warps=max(1, block * routes // 1024), stages=1)
-        self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, self.map, lists, ROUTES=routes)
+        self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, self.shared, lists, ROUTES=routes)
         return lists
 
 

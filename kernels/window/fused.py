@@ -75,7 +75,7 @@ class _Call(Call):
         step, spacing = ((1, 1), counts) if partition == "grid" else (self.window, (1, 1))
         shifts = zip(per_axis("shift", shift, 2), counts, strict=True)
         shifts = tuple(offset if count > 1 else 0 for offset, count in shifts)
-        self.map = _Windows(
+        self.shared = _Windows(
             table=None if relative_position_bias is None else relative_position_bias.contiguous(),
             plan=Plan(self.batch, counts, self.size, step, spacing, shifts),
             SHIFTED=any(shifts),
@@ -89,7 +89,7 @@ class _Call(Call):
         parameters = self.parameters(name)
         if self.tokens_per_window > parameters.block:
             return None
-        pack = 1 if self.map.SHIFTED else parameters.block // self.tokens_per_window
+        pack = 1 if self.shared.SHIFTED else parameters.block // self.tokens_per_window
         block = max(16, next_power_of_two(pack * self.tokens_per_window))
         blocks_per_program = max(1, ceil_div(self.windows, pack) * self.heads // PROGRAMS[name])
         programs = sum(ceil_div(self.batch * count, pack * blocks_per_program) for count in self.alike()) * self.heads
@@ -100,15 +100,15 @@ class _Call(Call):
         """Windows of an image that the shift tears in no way, along columns, along rows, and both."""
         (rows, torn_rows), (columns, torn_columns) = (
             (count - (shift > 0), int(shift > 0))
-            for count, shift in zip(self.map.plan.counts, self.map.plan.shift, strict=True)
+            for count, shift in zip(self.shared.plan.counts, self.shared.plan.shift, strict=True)
         )
         return [rows * columns, rows * torn_columns, torn_rows * columns, torn_rows * torn_columns]
 
     def bias_tiles(self, block: int, pack: int) -> Tensor:
         """What is added to the scores of a block of windows, made once for all of them."""
-        shape = (self.heads if self.map.PER_HEAD else 1, 4 if self.map.SHIFTED else 1, block, block)
+        shape = (self.heads if self.shared.PER_HEAD else 1, 4 if self.shared.SHIFTED else 1, block, block)
         tiles = self.query.new_empty(shape, dtype=torch.float32)
-        self.submit(bias_kernel, shape[0] * shape[1], Parameters(block, 4, 1), self.map, tiles=tiles, PACK=pack)
+        self.submit(bias_kernel, shape[0] * shape[1], Parameters(block, 4, 1), self.shared, tiles=tiles, PACK=pack)
         return tiles
 
     def parts(self, parameters: Parameters) -> int:
@@ -126,10 +126,10 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     outputs = call.start_forward()
     whole = call.whole("forward_whole")
     if whole:
-        call.submit(forward_whole_kernel, *whole, call.map)
+        call.submit(forward_whole_kernel, *whole, call.shared)
     else:
         parameters = call.parameters("forward")
-        call.submit(forward_kernel, call.parts(parameters), parameters, call.map)
+        call.submit(forward_kernel, call.parts(parameters), parameters, call.shared)
     return outputs
 
 
@@ -155,7 +155,7 @@ def _backward_whole(
     """Fills the gradients; returns that of the table, if it is needed."""
     shape = (programs // call.heads, call.heads, parameters.block, parameters.block)
     partial = call.query.new_empty(shape, dtype=torch.float32) if needs_gradient[3] else None
-    call.submit(backward_whole_kernel, programs, parameters, whole, call.map, partial=partial)
+    call.submit(backward_whole_kernel, programs, parameters, whole, call.shared, partial=partial)
     return None if partial is None else _sum_by_offset(call, partial.sum(0), call.window[1], whole.PACK)
 
 
@@ -167,7 +167,7 @@ def _backward_parts(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Ten
         kernels["backward_key"] = backward_key_kernel
     for name, kernel in kernels.items():
         parameters = call.parameters(name)
-        call.submit(kernel, call.parts(parameters), parameters, call.map)
+        call.submit(kernel, call.parts(parameters), parameters, call.shared)
     return _backward_bias(call) if needs_bias else None
 
 
@@ -180,21 +180,26 @@ def _backward_bias(call: _Call) -> Tensor:
     partial = call.query.new_empty(shape, dtype=torch.float32)
     programs = chunks * parts**2 * call.heads
     call.submit(
-        backward_bias_kernel, programs, parameters, call.map, partial=partial, windows_per_program=windows_per_program
+        backward_bias_kernel,
+        programs,
+        parameters,
+        call.shared,
+        partial=partial,
+        windows_per_program=windows_per_program,
     )
-    return _sum_by_offset(call, partial.sum(0), call.map.WIDTH, 1)
+    return _sum_by_offset(call, partial.sum(0), call.shared.WIDTH, 1)
 
 
 def _sum_by_offset(call: _Call, grad_scores: Tensor, width: int, pack: int) -> Tensor:
     """Gradient of the table from that of the scores of all pairs of slots of a block, (heads, slots, slots)."""
-    grad_table = call.query.new_empty(call.map.table.shape, dtype=torch.float32)
+    grad_table = call.query.new_empty(call.shared.table.shape, dtype=torch.float32)
     extent = grad_scores.shape[-1]
     parameters = Parameters(next_power_of_two(extent), 1, 1)
     call.submit(
         sum_by_offset_kernel,
         grad_table.numel(),
         parameters,
-        call.map,
+        call.shared,
         grad_scores=grad_scores,
         grad_table=grad_table,
         WIDTH=width,
