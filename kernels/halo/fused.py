@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..launch import Parameters
 from ..triton_common import Call, Tokens, ceil_div, next_power_of_two, refuse_tensors
-from .fused_kernels import Plan, Sides, backward_key_kernel, backward_query_kernel, forward_kernel
+from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
+from .fused_kernels_geometry import Plan, Sides
 
 MOST_QUERIES = 64
 """MOST_QUERIES is the most queries that a program owns, those of a block of 8 x 8 tokens."""

@@ -1,7 +1,5 @@
 """Kernels of fused halo attention (see fused.py): attention and its gradients, a strip of a window at a time."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -17,52 +15,7 @@ from ..triton_common import (
     token_pointers,
     weigh,
 )
-
-
-class Plan(NamedTuple):
-    """Size of the map of keys, and blocks along each of its axes."""
-
-    size: tuple[int, int]
-    blocks: tuple[int, int]
-
-
-class Sides(NamedTuple):
-    """Tokens along a side: of a block of queries, of a block of keys, and of the halo around it."""
-
-    queries: int
-    keys: int
-    halo: int
-
-
-@triton.jit
-def program_of_block(heads, blocks, PARTS: tl.constexpr):
-    """What a program owns: head, part of a block, and block (image, row, column)."""
-    rest = tl.program_id(0) // (heads * PARTS)
-    block = (rest // (blocks[0] * blocks[1]), rest // blocks[1] % blocks[0], rest % blocks[1])
-    return tl.program_id(0) % heads, tl.program_id(0) // heads % PARTS, block
-
-
-@triton.jit
-def tokens_of_block(slot, block, SIDE: tl.constexpr):
-    """Positions of the tokens of a block of SIDE x SIDE, and which slots hold one."""
-    image, row, column = block
-    return (image, row * SIDE + slot // SIDE, column * SIDE + slot % SIDE), slot < SIDE * SIDE
-
-
-@triton.jit
-def _within(place, length):
-    """Whether 0 <= place < length, in one comparison."""
-    return place.to(tl.uint32, bitcast=True) < tl.cast(length, tl.uint32)
-
-
-@triton.jit
-def cells_of_window(row, column, block, size, SIDES: tl.constexpr):
-    """Position in the map of cells of a window, and which of them are cells of it that lie inside the map."""
-    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
-    image, block_row, block_column = block
-    y = block_row * SIDES.keys - SIDES.halo + row
-    x = block_column * SIDES.keys - SIDES.halo + column
-    return (image, y, x), _within(y, size[0]) & _within(x, size[1]) & (row < side) & (column < side)
+from .fused_kernels_geometry import cells_of_window, program_of_block, tokens_of_block, within
 
 
 @triton.jit
@@ -75,7 +28,7 @@ def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.const
     """
     taken = line < SIDES.keys + 2 * SIDES.halo
     if MASK_PADDING:
-        taken = taken & _within(corner + line, length)
+        taken = taken & within(corner + line, length)
     if logits is None:
         values = tl.where(taken, 0.0, float("-inf"))[None, :]
     else:
@@ -449,8 +402,8 @@ def _overlap(
         for x in tl.static_range(-REACH, REACH + 1):
             row = slot // SIDES.keys + SIDES.halo - y * SIDES.keys
             column = slot % SIDES.keys + SIDES.halo - x * SIDES.keys
-            held = valid & _within(row, side) & _within(column, side)
-            held = held & _within(block_row + y, blocks[0]) & _within(block_column + x, blocks[1])
+            held = valid & within(row, side) & within(column, side)
+            held = held & within(block_row + y, blocks[0]) & within(block_column + x, blocks[1])
             place = (image * blocks[0] + block_row + y) * blocks[1] + block_column + x
             for part in tl.static_range(0, QUERY_PARTS):
                 window = ((place * QUERY_PARTS + part) * heads + head).to(tl.int64) * (side * side * DIM)
