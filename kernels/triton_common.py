@@ -2,14 +2,14 @@
 
 This module imports triton. Only the fused implementations import it, and they are imported when first needed.
 
-A kernel takes every tensor of tokens as :class:`Tokens`, inputs, outputs, gradients and statistics alike; an optional
+A kernel takes every tensor of tokens as :class:`Tokens`, inputs, outputs, gradients, lse and delta alike; an optional
 one, or a gradient that is not needed, is None. A token is named by its position, (image, *place in the map), and its
 head. Scores are held in base 2, as the hardware has exp2 only.
 """
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import torch
 import triton
@@ -20,7 +20,9 @@ from .dispatch import selected_backend
 from .launch import Parameters, architecture, covers, launch_parameters, submit
 
 LARGEST_HEAD_DIM = 160
+"""LARGEST_HEAD_DIM is the widest head that the kernels were compiled and tested for."""
 VECTOR_BYTES = 16
+"""VECTOR_BYTES is the most that a thread reads with one instruction."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -88,16 +90,16 @@ def store_map(tokens, values, position, head, valid, HEAD_DIM: tl.constexpr, CHA
 
 
 @triton.jit
-def load_logsumexp(logsumexp, position, head, valid):
-    """In base 2; it is stored in base e."""
+def load_lse(logsumexp, position, head, valid):
+    """The lse of queries in base 2; it is stored in base e."""
     return tl.load(token_pointers(logsumexp, position, head), mask=valid, other=0.0) * LOG2_E
 
 
 @triton.jit
-def load_statistics(logsumexp, delta, position, head, valid):
-    """Of queries: the logsumexp in base 2, and delta, the sum of output times gradient."""
-    of_rows = load_logsumexp(logsumexp, position, head, valid)
-    return of_rows, tl.load(token_pointers(delta, position, head), mask=valid, other=0.0)
+def load_lse_and_delta(logsumexp, delta, position, head, valid):
+    """Of queries: the lse in base 2, and delta, the sum of output times gradient."""
+    lse = load_lse(logsumexp, position, head, valid)
+    return lse, tl.load(token_pointers(delta, position, head), mask=valid, other=0.0)
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def softmax_step(scores, largest, total):
         largest, total: (queries,) of the blocks so far: the largest score, and the sum of the weights relative to it.
 
     Returns:
-        weights of the block, both statistics with the block, and the factor that brings earlier sums up to date.
+        weights of the block, largest and total with the block, and the factor that brings earlier sums up to date.
     """
     updated = tl.maximum(largest, tl.max(scores, 1))
     reference = tl.where(updated == float("-inf"), 0.0, updated)  # nothing seen so far: no inf - inf
@@ -135,9 +137,9 @@ def start_softmax(BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def attend(state, queries, keys, values, visible, bias, scale, PRECISION: tl.constexpr):
-    """The state with one more block of keys."""
-    return accumulate(state, masked_scores(queries, keys, visible, bias, scale, PRECISION), values, PRECISION)
+def attend(state, queries, keys, values, bias, scale, PRECISION: tl.constexpr):
+    """The state with one more block of keys; bias as for :func:`score`."""
+    return accumulate(state, score(queries, keys, bias, scale, PRECISION), values, PRECISION)
 
 
 @triton.jit
@@ -158,38 +160,26 @@ def store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM: t
 
 
 @triton.jit
-def masked_scores(left, right, visible, bias, scale, PRECISION: tl.constexpr):
-    """Scores in base 2 of the tokens of `left` (rows) and `right` (columns), -inf where they do not see each other."""
-    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * LOG2_E) + bias
-    return tl.where(visible, scores, float("-inf"))
-
-
-@triton.jit
-def gradient_of_scores(scores, logsumexp, visible, grad_weights, delta):
-    """Weights, and the gradient of the scores in base e. Statistics come with the axis of the keys put in."""
-    weights = tl.where(visible, tl.exp2(scores - logsumexp), 0.0)
-    return weights, weights * (grad_weights - delta)
-
-
-@triton.jit
-def gradient_of_pairs(left, right, of_left, of_right, statistics, visible, bias, scale, PRECISION: tl.constexpr):
-    """Weights of pairs of tokens, and the gradient of their scores in base e.
+def score(left, right, bias, scale, PRECISION: tl.constexpr):
+    """Scores in base 2 of the tokens of `left` (rows) and `right` (columns).
 
     Args:
-        left, of_left: of the tokens that are rows: queries and output gradients, or keys and values.
-        right, of_right: of the tokens that are columns: the others.
-        statistics: logsumexp and delta of the queries, with the axis of the keys put in.
+        bias: of the pairs in base 2, -inf where they do not see each other.
     """
-    scores = masked_scores(left, right, visible, bias, scale, PRECISION)
-    of_weights = multiply(of_left, tl.trans(of_right), PRECISION)
-    return gradient_of_scores(scores, statistics[0], visible, of_weights, statistics[1])
+    return tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * LOG2_E) + bias
 
 
 @triton.jit
-def gradient_of_weights(scores, of_left, of_right, statistics, PRECISION: tl.constexpr):
-    """As :func:`gradient_of_pairs`, from scores in base 2 that are -inf where tokens do not see each other."""
-    weights = tl.exp2(scores - statistics[0])
-    return weights, weights * (multiply(of_left, tl.trans(of_right), PRECISION) - statistics[1])
+def weigh(left, right, left_values, right_values, bias, scale, PRECISION: tl.constexpr):
+    """Softmax weights of pairs of tokens, and the gradients of these.
+
+    Args:
+        left, left_values: of the tokens that are rows: queries and output gradients, or keys and values.
+        right, right_values: of the tokens that are columns: the others.
+        bias: as for :func:`score`, less the lse of the query in base 2.
+    """
+    weights = tl.exp2(score(left, right, bias, scale, PRECISION))
+    return weights, multiply(left_values, tl.trans(right_values), PRECISION)
 
 
 @triton.jit
@@ -261,9 +251,9 @@ def _layout(
     return (batch, *missing, *spatial, heads), tl.constexpr(align), tl.constexpr(reach >= 2**31)
 
 
-def ceil_div(total: int, share: int) -> int:
-    """Parts that shares of a total make. Triton's function of that name takes microseconds."""
-    return -(-total // share)
+def ceil_div(total: int, size: int) -> int:
+    """Parts of a size that a total makes. Triton's function of that name takes microseconds."""
+    return -(-total // size)
 
 
 def next_power_of_two(number: int) -> int:
@@ -281,6 +271,40 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+class Inputs(NamedTuple):
+    """What kernels of every operator take; CHANNELS are head_dim and value_dim padded, see :func:`padded_channels`."""
+
+    query: Tokens
+    key: Tokens
+    value: Tokens
+    heads: int
+    scale: float
+    HEAD_DIM: int
+    CHANNELS: int
+    VALUE_DIM: int
+    VALUE_CHANNELS: int
+    PRECISION: str
+
+
+class Outputs(NamedTuple):
+    """What kernels of a forward write."""
+
+    output: Tokens
+    logsumexp: Tokens
+
+
+class Gradients(NamedTuple):
+    """What kernels of a backward read and write; delta is written by the first of them."""
+
+    grad_output: Tokens
+    output: Tokens
+    logsumexp: Tokens
+    delta: Tokens
+    grad_query: Optional[Tokens]
+    grad_key: Optional[Tokens]
+    grad_value: Optional[Tokens]
+
+
 class Call:
     """What the launches of one call share.
 
@@ -296,32 +320,33 @@ class Call:
         self.batch, *spatial, self.heads, self.head_dim = query.shape
         self.value_dim = value.shape[-1]
         self.size = self.leading(spatial, 1)
-        self.arguments = {
-            "query": self.tokens(query),
-            "key": self.tokens(key),
-            "value": self.tokens(value),
-            "heads": self.heads,
-            "scale": float(self.head_dim**-0.5 if scale is None else scale),
-            "HEAD_DIM": self.head_dim,
-            "CHANNELS": padded_channels(self.head_dim),
-            "VALUE_DIM": self.value_dim,
-            "VALUE_CHANNELS": padded_channels(self.value_dim),
-            "PRECISION": precision(query.dtype),
-        }
+        self.inputs = Inputs(
+            query=self.tokens(query),
+            key=self.tokens(key),
+            value=self.tokens(value),
+            heads=self.heads,
+            scale=float(self.head_dim**-0.5 if scale is None else scale),
+            HEAD_DIM=self.head_dim,
+            CHANNELS=padded_channels(self.head_dim),
+            VALUE_DIM=self.value_dim,
+            VALUE_CHANNELS=padded_channels(self.value_dim),
+            PRECISION=precision(query.dtype),
+        )
+        self.results: Union[Outputs, Gradients, None] = None
 
     def leading(self, values: Sequence, filling: Any) -> tuple:
         """The values of the spatial axes, with a filling for those that the map does not have."""
         return (filling,) * (self.axes - len(values)) + tuple(values)
 
-    def tokens(self, tensor: Tensor, channels: bool = True) -> Tokens:
-        return as_tokens(tensor, self.axes, channels)
+    def tokens(self, tensor: Optional[Tensor], channels: bool = True) -> Optional[Tokens]:
+        return None if tensor is None else as_tokens(tensor, self.axes, channels)
 
     def start_forward(self) -> tuple[Tensor, Tensor]:
         """Space for the output and the logsumexp."""
         shape = self.query.shape[:-1]
         output = self.query.new_empty((*shape, self.value_dim))
         logsumexp = self.query.new_empty(shape, dtype=torch.float32)
-        self.arguments.update(output=self.tokens(output), logsumexp=self.tokens(logsumexp, channels=False))
+        self.results = Outputs(self.tokens(output), self.tokens(logsumexp, channels=False))
         return output, logsumexp
 
     def start_backward(
@@ -337,29 +362,33 @@ class Call:
         Args:
             into: use these tensors for the gradients.
         """
-        self.arguments.update(
-            grad_output=self.tokens(grad_output),
-            output=self.tokens(output),
-            logsumexp=self.tokens(logsumexp, channels=False),
-            delta=self.tokens(torch.empty_like(logsumexp), channels=False),
-        )
-        names = ("query", "key", "value")
-        sources = [self.arguments[name].pointer for name in names]
+        sources = [tokens.pointer for tokens in self.inputs[:3]]
         spaces = into or [
             source.new_empty(source.shape) if needed else None
             for source, needed in zip(sources, needs_gradient, strict=False)
         ]
         gradients = [space if needed else None for space, needed in zip(spaces, needs_gradient, strict=False)]
-        for name, gradient in zip(names, gradients, strict=True):
-            self.arguments[f"grad_{name}"] = None if gradient is None else self.tokens(gradient)
+        self.results = Gradients(
+            self.tokens(grad_output),
+            self.tokens(output),
+            self.tokens(logsumexp, channels=False),
+            self.tokens(torch.empty_like(logsumexp), channels=False),
+            *map(self.tokens, gradients),
+        )
         return gradients
 
     def parameters(self, kernel: str) -> Parameters:
         widest = padded_channels(max(self.head_dim, self.value_dim))
         return launch_parameters(f"{self.operator}_{kernel}", self.query, widest)
 
-    def submit(self, kernel: Any, programs: int, parameters: Parameters, **arguments: Any) -> None:
-        """Start a kernel; of the arguments that all kernels share it gets those that it takes."""
-        wanted = set(kernel.arg_names) - set(arguments)
-        shared = {name: value for name, value in self.arguments.items() if name in wanted}
-        submit(kernel, programs, parameters, **shared, BLOCK=parameters.block, **arguments)
+    def submit(self, kernel: Any, programs: int, parameters: Parameters, *groups: NamedTuple, **arguments: Any) -> None:
+        """Start a kernel with the arguments given.
+
+        Args:
+            groups: besides inputs and results; a kernel gets the fields that it takes, by their names.
+        """
+        known = {"BLOCK": parameters.block}
+        for group in (self.inputs, self.results, *groups):
+            known.update(group._asdict() if group is not None else {})
+        taken = {name: known[name] for name in kernel.arg_names if name in known}
+        submit(kernel, programs, parameters, **{**taken, **arguments})

@@ -3,7 +3,7 @@ keys, for one head; nothing is unfolded. Gradients of pooled keys and of biases 
 programs leave partial sums in float32, which are added in a fixed order. There are no atomics.
 """
 
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,48 @@ from torch.nn import functional as F
 
 from ..launch import Parameters
 from ..triton_common import Call, Tokens, as_tokens, ceil_div, next_power_of_two, refuse_tensors
-from . import fused_kernels
-from .fused_pooled_kernels import backward_bias_kernel, backward_pooled_kernel
+from .fused_kernels import (
+    backward_bias_kernel,
+    backward_key_kernel,
+    backward_pooled_kernel,
+    backward_query_kernel,
+    forward_kernel,
+)
+from .fused_kernels_geometry import Plan
 
 PROGRAMS = 1024
-"""About seven on each multiprocessor of a large GPU: sums are cut into parts until there are as many programs."""
+"""PROGRAMS is the number of programs that a kernel should have, about seven on each of 132 multiprocessors: sums are
+cut into parts, which are added later, until there are as many.
+"""
 TILE_PROGRAMS = 4
-"""Times as many where parts leave no sums."""
+"""TILE_PROGRAMS times as many programs are wanted of kernels of tiles, to which a further part costs no map of sums but
+the biases of a tile, read once more.
+"""
+
+
+class _Map(NamedTuple):
+    """The arguments of all kernels of the map and its pooled tokens.
+
+    Attributes:
+        pooled_bias: (heads, tokens, CELLS), -inf for pooled tokens that are none.
+        tokens, pooled: tokens of the map, and pooled ones.
+        STEP: pooled tokens that a program takes at once.
+        CELLS: pooled, padded to whole steps.
+        WHOLE: whether there is one step.
+    """
+
+    pooled_key: Tokens
+    pooled_value: Tokens
+    local_bias: Optional[Tensor]
+    pooled_bias: Optional[Tensor]
+    value_weights: Optional[Tokens]
+    batch: int
+    tokens: int
+    pooled: int
+    WINDOW: int
+    STEP: int
+    CELLS: int
+    WHOLE: bool
 
 
 class _Call(Call):
@@ -38,34 +73,35 @@ class _Call(Call):
     ) -> None:
         super().__init__("aggregated", query, key, value, scale)
         self.window, self.tokens_of_map = window_size, self.size[0] * self.size[1]
-        self.arguments.update(
-            pooled_key=self.pooled_tokens(pooled_key),
-            pooled_value=self.pooled_tokens(pooled_value),
-            local_bias=None if local_bias is None else local_bias.contiguous(),
-            pooled_bias=None,
-            value_weights=None if value_weights is None else self.tokens(value_weights),
-            WINDOW=window_size,
-            batch=self.batch,
-            tokens=self.tokens_of_map,
-        )
-        self.pooled = self.arguments["pooled"] = self.arguments["pooled_key"].pointer.shape[1]
-        widest = 64 if self.head_dim <= 32 else 32
+        pooled_keys, pooled_values = (as_tokens(pooled.flatten(1, -3), 1) for pooled in (pooled_key, pooled_value))
+        self.pooled = pooled_keys.pointer.shape[1]
+        widest = 64 if self.head_dim <= 32 else 32  # wide heads leave fewer registers for pooled tokens
         step = max(16, min(widest, next_power_of_two(self.pooled)))
         self.steps = ceil_div(self.pooled, step)
-        self.arguments.update(STEP=step, CELLS=self.steps * step, WHOLE=self.pooled <= step)
         if pooled_bias is not None:
             pooled_bias = pooled_bias.expand(self.heads, self.tokens_of_map, self.pooled)
-            self.arguments["pooled_bias"] = _padded_bias(pooled_bias, self.steps * step)
-
-    def pooled_tokens(self, tensor: Tensor) -> Tokens:
-        return as_tokens(tensor.flatten(1, -3), 1)
+            pooled_bias = _padded_bias(pooled_bias, self.steps * step)
+        self.shared = _Map(
+            pooled_key=pooled_keys,
+            pooled_value=pooled_values,
+            local_bias=None if local_bias is None else local_bias.contiguous(),
+            pooled_bias=pooled_bias,
+            value_weights=self.tokens(value_weights),
+            batch=self.batch,
+            tokens=self.tokens_of_map,
+            pooled=self.pooled,
+            WINDOW=window_size,
+            STEP=step,
+            CELLS=self.steps * step,
+            WHOLE=self.pooled <= step,
+        )
 
     def tiling(self, parameters: Parameters) -> tuple[tuple[int, int], tuple[int, int], int, int]:
         """Extent of a tile, number of tiles along each axis, images that a program takes one through, and parts."""
         rows = min(2 ** ((parameters.block.bit_length() - 1) // 2), next_power_of_two(self.size[0]))
         tile = (rows, parameters.block // rows)
         tiles = tuple(ceil_div(size, extent) for size, extent in zip(self.size, tile, strict=True))
-        return tile, tiles, *_share(self.batch, tiles[0] * tiles[1] * self.heads, TILE_PROGRAMS * PROGRAMS)
+        return tile, tiles, *_items_per_program(self.batch, tiles[0] * tiles[1] * self.heads, TILE_PROGRAMS * PROGRAMS)
 
     def programs_of_head(self, parameters: Parameters) -> int:
         """Of a kernel of tiles."""
@@ -74,13 +110,14 @@ class _Call(Call):
 
     def submit_tiles(self, kernel, parameters: Parameters, **arguments) -> None:
         """Start a kernel whose programs take a tile of the map through some images."""
-        tile, tiles, share, _ = self.tiling(parameters)
+        tile, tiles, images, _ = self.tiling(parameters)
         box = (tile[0] + self.window - 1) * (tile[1] + self.window - 1)
         self.submit(
             kernel,
             self.programs_of_head(parameters) * self.heads,
             parameters,
-            plan=(self.size, tiles, self.batch, self.heads, share),
+            self.shared,
+            plan=Plan(self.size, tiles, self.batch, self.heads, images),
             TILE=tile,
             BOX=max(16, next_power_of_two(box)),
             SLOTS=max(16, next_power_of_two(self.window**2)),
@@ -89,13 +126,19 @@ class _Call(Call):
 
     def flatten(self) -> None:
         """Put the rows of the map behind each other, for the kernels that follow; copies them where they lie apart."""
-        for name in ("query", "grad_output", "logsumexp", "delta"):
-            tensor = self.arguments[name].pointer
-            self.arguments[name] = as_tokens(tensor.flatten(1, 2), 1, channels=tensor.dim() == 5)
+        found = self.results
+        self.inputs = self.inputs._replace(query=_flat(self.inputs.query))
+        self.results = found._replace(
+            grad_output=_flat(found.grad_output), logsumexp=_flat(found.logsumexp), delta=_flat(found.delta)
+        )
 
     def partial(self, *shape: int) -> Tensor:
         """Space for sums that are added later."""
         return self.query.new_empty(shape, dtype=torch.float32)
+
+
+def _flat(tokens: Tokens) -> Tokens:
+    return as_tokens(tokens.pointer.flatten(1, 2), 1, channels=tokens.pointer.dim() == 5)
 
 
 def _padded_bias(bias: Tensor, cells: int) -> Tensor:
@@ -103,10 +146,10 @@ def _padded_bias(bias: Tensor, cells: int) -> Tensor:
     return F.pad(bias, (0, cells - bias.shape[-1]), value=float("-inf")).contiguous()
 
 
-def _share(items: int, programs: int, wanted: int) -> tuple[int, int]:
+def _items_per_program(items: int, programs: int, wanted: int) -> tuple[int, int]:
     """Items that one program takes, where each item takes `programs` of them, and the number of parts that makes."""
-    share = max(1, min(items, items * programs // wanted))
-    return share, ceil_div(items, share)
+    taken = max(1, min(items, items * programs // wanted))
+    return taken, ceil_div(items, taken)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
@@ -118,7 +161,7 @@ def forward(query: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     call = _Call(query, *arguments)
     outputs = call.start_forward()
     parameters = call.parameters("forward")
-    call.submit_tiles(fused_kernels.forward_kernel, parameters)
+    call.submit_tiles(forward_kernel, parameters)
     return outputs
 
 
@@ -129,17 +172,16 @@ def backward(
     call = _Call(query, *arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
     pooled_shape, pooled_bias, value_weights = arguments[2].shape, arguments[6], arguments[7]
-    of_value_weights = value_weights.new_empty(value_weights.shape) if needs_gradient[7] else None
-    grad_value_weights = call.tokens(of_value_weights) if needs_gradient[7] else None
+    grad_value_weights = value_weights.new_empty(value_weights.shape) if needs_gradient[7] else None
     parameters = call.parameters("backward_query")
-    call.submit_tiles(fused_kernels.backward_query_kernel, parameters, grad_value_weights=grad_value_weights)
-    of_local_bias = _backward_key(call, needs_gradient)
+    call.submit_tiles(backward_query_kernel, parameters, grad_value_weights=call.tokens(grad_value_weights))
+    grad_local_bias = _backward_key(call, needs_gradient)
     call.flatten()
-    for of_pooled in _backward_pooled(call, *needs_gradient[3:5]):
-        gradients.append(None if of_pooled is None else of_pooled.view(pooled_shape))
-    gradients.append(of_local_bias)
+    for grad_pooled in _backward_pooled(call, *needs_gradient[3:5]):
+        gradients.append(None if grad_pooled is None else grad_pooled.view(pooled_shape))
+    gradients.append(grad_local_bias)
     gradients.append(_backward_bias(call).sum_to_size(pooled_bias.shape) if needs_gradient[6] else None)
-    gradients.append(of_value_weights)
+    gradients.append(grad_value_weights)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -151,7 +193,7 @@ def _backward_key(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Tenso
     partial = None
     if needs_gradient[5]:
         partial = call.partial(call.programs_of_head(parameters), call.heads, call.window**2)
-    call.submit_tiles(fused_kernels.backward_key_kernel, parameters, partial=partial)
+    call.submit_tiles(backward_key_kernel, parameters, partial=partial)
     return None if partial is None else partial.sum(0)
 
 
@@ -161,12 +203,20 @@ def _backward_pooled(call: _Call, needs_key: bool, needs_value: bool) -> list[Op
         return [None, None]
     parameters = call.parameters("backward_pooled")
     programs = call.batch * call.steps * call.heads
-    share, parts = _share(ceil_div(call.tokens_of_map, parameters.block), programs, PROGRAMS)
+    runs, parts = _items_per_program(ceil_div(call.tokens_of_map, parameters.block), programs, PROGRAMS)
     shape = (parts, call.batch, call.pooled, call.heads, call.head_dim)
     partials = [call.partial(*shape) if needed else None for needed in (needs_key, needs_value)]
     sums = (None if partial is None else as_tokens(partial.flatten(0, 1), 1) for partial in partials)
-    outputs = dict(zip(("partial_key", "partial_value"), sums, strict=True))
-    call.submit(backward_pooled_kernel, parts * programs, parameters, runs_per_program=share, **outputs)
+    partial_key, partial_value = sums
+    call.submit(
+        backward_pooled_kernel,
+        parts * programs,
+        parameters,
+        call.shared,
+        runs_per_program=runs,
+        partial_key=partial_key,
+        partial_value=partial_value,
+    )
     return [None if partial is None else partial.sum(0) for partial in partials]
 
 
@@ -174,7 +224,9 @@ def _backward_bias(call: _Call) -> Tensor:
     """Gradient (heads, tokens, pooled) of the pooled bias."""
     parameters = call.parameters("backward_bias")
     programs = ceil_div(call.tokens_of_map, parameters.block) * call.steps * call.heads
-    share, parts = _share(call.batch, programs, PROGRAMS)
+    images, parts = _items_per_program(call.batch, programs, PROGRAMS)
     partial = call.partial(parts, call.heads, call.tokens_of_map, call.pooled)
-    call.submit(backward_bias_kernel, parts * programs, parameters, partial=partial, images_per_program=share)
+    call.submit(
+        backward_bias_kernel, parts * programs, parameters, call.shared, partial=partial, images_per_program=images
+    )
     return partial.sum(0)

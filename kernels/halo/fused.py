@@ -11,17 +11,19 @@ many images at a time as fit in SCRATCH.
 """
 
 import math
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
 from ..launch import Parameters
-from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
-from . import fused_kernels
+from ..triton_common import Call, Tokens, ceil_div, next_power_of_two, refuse_tensors
+from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
+from .fused_kernels_geometry import Plan, Sides
 
 MOST_QUERIES = 64
+"""MOST_QUERIES is the most queries that a program owns, those of a block of 8 x 8 tokens."""
 FEW_KEYS = 64
-"""Where queries may see no more keys, the backward takes delta from the weights, in a pass of its own.
+"""FEW_KEYS is the number of keys up to which the backward takes delta from the weights, in a pass of its own.
 
 From the output delta has the error of its rounding, the same for all scores of a query: relative to the gradients it is
 n**(-1/2) roundings for a score, with n keys of equal weight, and n**(-1/4) for the sum over one of sqrt(n) rows. Large
@@ -30,7 +32,28 @@ the worst had 2.5 times the error that the tests allow for 9 keys, 0.7 times for
 is with rounding to the nearest; the interpreter cuts bfloat16 off, which doubles the error.
 """
 SCRATCH = 2**30
-"""Bytes for the gradients of windows; one launch for all images is faster than several."""
+"""SCRATCH is the number of bytes for the gradients of windows. It is large, 1 GiB, since one launch for all images is
+faster than several.
+"""
+
+
+class _Blocks(NamedTuple):
+    """The arguments of all kernels of blocks; height, width: relative logits."""
+
+    height: Optional[Tokens]
+    width: Optional[Tokens]
+    plan: Plan
+    SIDES: Sides
+    MASK_PADDING: bool
+    FEW_KEYS: bool
+
+
+class _Windows(NamedTuple):
+    """The gradients of the windows of some images, from the image `first` on."""
+
+    window_keys: Optional[Tensor]
+    window_values: Optional[Tensor]
+    first: int
 
 
 class _Call(Call):
@@ -55,12 +78,10 @@ class _Call(Call):
         self.side = self.size[0] // self.blocks[0]
         self.block_size, self.window = block_size, block_size + 2 * halo_size
         self.logits = (relative_height_logits, relative_width_logits)
-        height, width = (None if tensor is None else self.tokens(tensor) for tensor in self.logits)
-        self.arguments.update(
-            height=height,
-            width=width,
-            plan=(self.key_size, self.blocks),
-            SIDES=(self.side, block_size, halo_size),
+        self.shared = _Blocks(
+            *map(self.tokens, self.logits),
+            plan=Plan(self.key_size, self.blocks),
+            SIDES=Sides(self.side, block_size, halo_size),
             MASK_PADDING=mask_padding,
             FEW_KEYS=self.fewest_keys(halo_size, mask_padding) <= FEW_KEYS,
         )
@@ -71,45 +92,53 @@ class _Call(Call):
             return self.window**2
         return math.prod(min(size, self.block_size + halo_size) for size in self.key_size)
 
-    def start(self, name: str, kernel: Any, images: int, **arguments: Any) -> None:
+    def start(self, name: str, kernel: Any, images: int, *groups: NamedTuple, **arguments: Any) -> None:
         """Start a kernel whose programs own queries."""
         parameters = self.parameters(name)
-        queries, parts = self.share(parameters)
+        queries, parts = self.queries_of_program(parameters)
         columns = min(parameters.block, max(16, next_power_of_two(self.window)))
         rest = next_power_of_two(self.window % (parameters.block // columns))  # rows of the last strip
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
-        shape = {"QUERIES": queries, "PARTS": parts, "COLUMNS": columns, "REST_ROWS": rest}
-        self.submit(kernel, programs, parameters, **shape, **arguments)
+        self.submit(
+            kernel,
+            programs,
+            parameters,
+            self.shared,
+            *groups,
+            QUERIES=queries,
+            PARTS=parts,
+            COLUMNS=columns,
+            REST_ROWS=rest,
+            **arguments,
+        )
 
-    def share(self, parameters: Parameters) -> tuple[int, int]:
+    def queries_of_program(self, parameters: Parameters) -> tuple[int, int]:
         """Queries that a program takes, and parts of a block that they make."""
         queries = min(2 * parameters.block, MOST_QUERIES, max(16, next_power_of_two(self.side**2)))
         return queries, ceil_div(self.side**2, queries)
 
-    def backward(self, needs_key: bool, needs_value: bool) -> None:
+    def backward(self, needs_key: bool, needs_value: bool, **gradients: Optional[Tokens]) -> None:
         """Images at a time: the gradients of all windows, then, for the keys and values, their sums."""
-        _, shares = self.share(self.parameters("backward_query"))
-        windows = self.blocks[0] * self.blocks[1] * shares * self.heads * self.window**2
+        _, query_parts = self.queries_of_program(self.parameters("backward_query"))
+        windows = self.blocks[0] * self.blocks[1] * query_parts * self.heads * self.window**2
         size = windows * self.key.element_size() * (self.head_dim * needs_key + self.value_dim * needs_value)
         images = self.batch if size == 0 else max(1, min(self.batch, SCRATCH // size))
-        scratch = {
-            name: self.key.new_empty((images * windows, channels)) if needed else None
-            for name, channels, needed in (
-                ("window_keys", self.head_dim, needs_key),
-                ("window_values", self.value_dim, needs_value),
-            )
-        }
+        scratch = [
+            self.key.new_empty((images * windows, channels)) if needed else None
+            for channels, needed in ((self.head_dim, needs_key), (self.value_dim, needs_value))
+        ]
         for first in range(0, self.batch, max(images, 1)):
             count = min(images, self.batch - first)
-            self.start("backward_query", fused_kernels.backward_query_kernel, count, first=first, **scratch)
+            held = _Windows(*scratch, first)
+            self.start("backward_query", backward_query_kernel, count, held, **gradients)
             if needs_key or needs_value:
-                self._add_windows(count, shares, first=first, **scratch)
+                self._add_windows(count, query_parts, held)
 
-    def _add_windows(self, images: int, shares: int, **arguments: Any) -> None:
+    def _add_windows(self, images: int, query_parts: int, held: _Windows) -> None:
         parameters = self.parameters("backward_key")
         parts = ceil_div(self.block_size**2, parameters.block)
         programs = images * self.blocks[0] * self.blocks[1] * parts * self.heads
-        self.submit(fused_kernels.backward_key_kernel, programs, parameters, PARTS=parts, WINDOWS=shares, **arguments)
+        self.submit(backward_key_kernel, programs, parameters, self.shared, held, PARTS=parts, QUERY_PARTS=query_parts)
 
 
 def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
@@ -120,7 +149,7 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, *_) -> Optional[str]:
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
     outputs = call.start_forward()
-    call.start("forward", fused_kernels.forward_kernel, call.batch)
+    call.start("forward", forward_kernel, call.batch)
     return outputs
 
 
@@ -130,9 +159,11 @@ def backward(
     """Gradients of query, key, value and the relative logits, those that are needed."""
     call = _Call(*arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient)
-    _, needs_key, needs_value, *of_logits = needs_gradient
-    for name, logits, needed in zip(("grad_height", "grad_width"), call.logits, of_logits, strict=True):
-        gradients.append(logits.new_empty(logits.shape) if needed else None)
-        call.arguments[name] = call.tokens(gradients[-1]) if needed else None
-    call.backward(needs_key, needs_value)
+    _, needs_key, needs_value, *needs_logits = needs_gradient
+    grad_height, grad_width = (
+        logits.new_empty(logits.shape) if needed else None
+        for logits, needed in zip(call.logits, needs_logits, strict=True)
+    )
+    call.backward(needs_key, needs_value, grad_height=call.tokens(grad_height), grad_width=call.tokens(grad_width))
+    gradients += [grad_height, grad_width]
     return [gradient for gradient in gradients if gradient is not None]

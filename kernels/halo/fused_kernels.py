@@ -6,45 +6,16 @@ import triton.language as tl
 from ..triton_common import (
     LOG2_E,
     attend,
-    load_logsumexp,
+    load_lse,
     load_map,
     multiply,
     start_softmax,
     store_attention,
     store_map,
     token_pointers,
+    weigh,
 )
-
-
-@triton.jit
-def program_of_block(heads, blocks, PARTS: tl.constexpr):
-    """What a program owns: head, part of a block, and block (image, row, column)."""
-    rest = tl.program_id(0) // (heads * PARTS)
-    block = (rest // (blocks[0] * blocks[1]), rest // blocks[1] % blocks[0], rest % blocks[1])
-    return tl.program_id(0) % heads, tl.program_id(0) // heads % PARTS, block
-
-
-@triton.jit
-def tokens_of_block(slot, block, SIDE: tl.constexpr):
-    """Positions of the tokens of a block of SIDE x SIDE, and which slots hold one."""
-    image, row, column = block
-    return (image, row * SIDE + slot // SIDE, column * SIDE + slot % SIDE), slot < SIDE * SIDE
-
-
-@triton.jit
-def _within(place, length):
-    """Whether 0 <= place < length, in one comparison."""
-    return place.to(tl.uint32, bitcast=True) < tl.cast(length, tl.uint32)
-
-
-@triton.jit
-def cells_of_window(row, column, block, size, SIDES: tl.constexpr):
-    """Position in the map of cells of a window, and which of them are cells of it that lie inside the map."""
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    image, block_row, block_column = block
-    y = block_row * SIDES[1] - SIDES[2] + row
-    x = block_column * SIDES[1] - SIDES[2] + column
-    return (image, y, x), _within(y, size[0]) & _within(x, size[1]) & (row < side) & (column < side)
+from .fused_kernels_geometry import cells_of_window, program_of_block, tokens_of_block, within
 
 
 @triton.jit
@@ -55,9 +26,9 @@ def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.const
         line: rows or columns in the window.
         corner: where the window begins in the map, whose extent is length.
     """
-    taken = line < SIDES[1] + 2 * SIDES[2]
+    taken = line < SIDES.keys + 2 * SIDES.halo
     if MASK_PADDING:
-        taken = taken & _within(corner + line, length)
+        taken = taken & within(corner + line, length)
     if logits is None:
         values = tl.where(taken, 0.0, float("-inf"))[None, :]
     else:
@@ -68,21 +39,23 @@ def _logits(logits, position, head, valid, line, corner, length, SIDES: tl.const
 
 
 @triton.jit
-def row_logits(height, row, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
-    corner = block[1] * SIDES[1] - SIDES[2]
+def load_row_logits(height, row, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
+    corner = block[1] * SIDES.keys - SIDES.halo
     return _logits(height, position, head, valid, row, corner, size[0], SIDES, MASK_PADDING)
 
 
 @triton.jit
-def column_logits(width, column, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr):
-    corner = block[2] * SIDES[1] - SIDES[2]
+def load_column_logits(
+    width, column, position, head, valid, block, size, SIDES: tl.constexpr, MASK_PADDING: tl.constexpr
+):
+    corner = block[2] * SIDES.keys - SIDES.halo
     return _logits(width, position, head, valid, column, corner, size[1], SIDES, MASK_PADDING)
 
 
 @triton.jit
-def outer_sum(of_rows, of_columns, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def outer_sum(row_logits, column_logits, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(queries, ROWS) and (queries, COLUMNS) added for each cell of a strip, (queries, ROWS * COLUMNS)."""
-    cells = of_rows[:, :, None] + of_columns[:, None, :]
+    cells = row_logits[:, :, None] + column_logits[:, None, :]
     return tl.reshape(tl.broadcast_to(cells, [QUERIES, ROWS, COLUMNS]), [QUERIES, ROWS * COLUMNS])
 
 
@@ -102,7 +75,7 @@ def _load_strip(
 
 @triton.jit
 def _attend_strip(
-    state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+    state, queries, key, value, height, column_logits, top, left, position, head, valid, block, size, scale,
     SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,9 +86,9 @@ def _attend_strip(
         SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
     )  # fmt: skip
     rows = top + tl.arange(0, ROWS)
-    of_rows = row_logits(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
-    bias = outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
-    return attend(state, queries, keys, values, True, bias, scale, PRECISION)
+    row_logits = load_row_logits(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING)
+    bias = outer_sum(row_logits, column_logits, QUERIES, ROWS, COLUMNS)
+    return attend(state, queries, keys, values, bias, scale, PRECISION)
 
 
 @triton.jit
@@ -144,27 +117,26 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program: one part of the queries of a block, for one head. It goes through its window in strips."""
-    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    SIDE: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     ROWS: tl.constexpr = BLOCK // COLUMNS
     REST: tl.constexpr = SIDE % ROWS
-    size, blocks = plan
-    head, part, block = program_of_block(heads, blocks, PARTS)
-    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    head, part, block = program_of_block(heads, plan.blocks, PARTS)
+    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES.queries)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
     state = start_softmax(QUERIES, VALUE_CHANNELS)
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        of_columns = column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        column_logits = load_column_logits(width, columns, position, head, valid, block, plan.size, SIDES, MASK_PADDING)
         for top in range(0, SIDE - REST, ROWS):
             state = _attend_strip(
-                state, queries, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
-                SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
+                state, queries, key, value, height, column_logits, top, left, position, head, valid, block,
+                plan.size, scale, SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
         if REST > 0:
             state = _attend_strip(
-                state, queries, key, value, height, of_columns, SIDE - REST, left, position, head, valid, block, size,
-                scale, SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
+                state, queries, key, value, height, column_logits, SIDE - REST, left, position, head, valid, block,
+                plan.size, scale, SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
     store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
@@ -173,7 +145,7 @@ def forward_kernel(
 @triton.jit
 def _store_strip(window, values, row, column, SIDES: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """Write the gradients of cells (cells, CHANNELS) of a window whose gradients begin at `window`."""
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     channel = tl.arange(0, CHANNELS)
     pointers = window + ((row * side + column) * DIM)[:, None] + channel[None, :]
     mask = ((row < side) & (column < side))[:, None] & (channel < DIM)[None, :]
@@ -182,28 +154,28 @@ def _store_strip(window, values, row, column, SIDES: tl.constexpr, DIM: tl.const
 
 @triton.jit
 def _weigh_strip(
-    queries, grads, of_softmax, key, value, height, of_columns, top, left, position, head, valid, block, size, scale,
+    queries, grads, lse, key, value, height, column_logits, top, left, position, head, valid, block, size, scale,
     SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Row and column of the cells of a strip, their keys, their weights (queries, cells) and the gradients of these.
 
-    of_columns lacks the logsumexp.
+    column_logits lacks the lse.
     """
     row, column, keys, values = _load_strip(
         key, value, top, left, head, block, size,
         SIDES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
     )  # fmt: skip
     rows = top + tl.arange(0, ROWS)
-    of_rows = row_logits(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - of_softmax[:, None]
-    bias = outer_sum(of_rows, of_columns, QUERIES, ROWS, COLUMNS)
-    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias)
-    return row, column, keys, weights, tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+    row_logits = load_row_logits(height, rows, position, head, valid, block, size, SIDES, MASK_PADDING) - lse[:, None]
+    bias = outer_sum(row_logits, column_logits, QUERIES, ROWS, COLUMNS)
+    weights, grad_weights = weigh(queries, keys, grads, values, bias, scale, PRECISION)
+    return row, column, keys, weights, grad_weights
 
 
 @triton.jit
-def _mean_gradients(
+def _delta_from_weights(
     query, grads, logsumexp, key, value, height, width, position, head, valid, block, size, scale,
     SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
@@ -213,29 +185,29 @@ def _mean_gradients(
 
     It is divided by the sum of the weights, which is 1 but for the rounding of the logsumexp.
     """
-    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    SIDE: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-    of_softmax = load_logsumexp(logsumexp, position, head, valid)
+    lse = load_lse(logsumexp, position, head, valid)
     sums = tl.zeros([QUERIES], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        of_columns = column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
+        column_logits = load_column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
         for top in range(0, SIDE, ROWS):
-            _, _, _, weights, of_weights = _weigh_strip(
-                queries, grads, of_softmax, key, value, height, of_columns,
+            _, _, _, weights, grad_weights = _weigh_strip(
+                queries, grads, lse, key, value, height, column_logits,
                 top, left, position, head, valid, block, size, scale,
                 SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
-            sums += tl.sum(weights * of_weights, 1)
+            sums += tl.sum(weights * grad_weights, 1)
             total += tl.sum(weights, 1)
     return sums / total
 
 
 @triton.jit
 def _differentiate_strip(
-    of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+    grad_queries, grad_column_logits, queries, grads, lse, delta, key, value, height, column_logits,
     grad_query, grad_height, grad_width, window_keys, window_values,
     top, left, position, head, valid, block, size, scale,
     SIDES: tl.constexpr, MASK_PADDING: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -244,30 +216,30 @@ def _differentiate_strip(
 ):  # fmt: skip
     """The gradients of queries and of the logits of columns with the cells of one more strip; the others are written.
 
-    of_columns lacks the logsumexp.
+    column_logits lacks the lse.
     """
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    row, column, keys, weights, of_weights = _weigh_strip(
-        queries, grads, of_softmax, key, value, height, of_columns,
+    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
+    row, column, keys, weights, grad_weights = _weigh_strip(
+        queries, grads, lse, key, value, height, column_logits,
         top, left, position, head, valid, block, size, scale,
         SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
         HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
     )  # fmt: skip
-    of_scores = weights * (of_weights - delta[:, None])
+    grad_scores = weights * (grad_weights - delta[:, None])
     if grad_query is not None:
-        of_queries += multiply(of_scores, keys, PRECISION)
+        grad_queries += multiply(grad_scores, keys, PRECISION)
     if grad_height is not None:
-        sums = tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 2)
+        sums = tl.sum(tl.reshape(grad_scores, [QUERIES, ROWS, COLUMNS]), 2)
         add_lines(grad_height, sums, top + tl.arange(0, ROWS), position, head, valid, left > 0, side)
     if grad_width is not None:
-        of_width += tl.sum(tl.reshape(of_scores, [QUERIES, ROWS, COLUMNS]), 1)
+        grad_column_logits += tl.sum(tl.reshape(grad_scores, [QUERIES, ROWS, COLUMNS]), 1)
     if window_keys is not None:
-        of_keys = multiply(tl.trans(of_scores.to(queries.dtype)), queries, PRECISION) * scale
-        _store_strip(window_keys, of_keys, row, column, SIDES, HEAD_DIM, CHANNELS)
+        grad_keys = multiply(tl.trans(grad_scores.to(queries.dtype)), queries, PRECISION) * scale
+        _store_strip(window_keys, grad_keys, row, column, SIDES, HEAD_DIM, CHANNELS)
     if window_values is not None:
-        of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
-        _store_strip(window_values, of_values, row, column, SIDES, VALUE_DIM, VALUE_CHANNELS)
-    return of_queries, of_width
+        grad_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
+        _store_strip(window_values, grad_values, row, column, SIDES, VALUE_DIM, VALUE_CHANNELS)
+    return grad_queries, grad_column_logits
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -303,30 +275,29 @@ def backward_query_kernel(
     VALUE_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: the gradients of a part of the queries of a block, of their logits, and their share in the
+    """One program: the gradients of a part of the queries of a block, of their logits, and their part of the
     gradients of the keys and values of the window, which goes to window_keys and window_values.
 
     Delta is the sum of output times gradient; with FEW_KEYS (see fused.py) the rounding of the output would show in it.
     """
-    SIDE: tl.constexpr = SIDES[1] + 2 * SIDES[2]
+    SIDE: tl.constexpr = SIDES.keys + 2 * SIDES.halo
     ROWS: tl.constexpr = BLOCK // COLUMNS
     REST: tl.constexpr = SIDE % ROWS
-    size, blocks = plan
-    head, part, block = program_of_block(heads, blocks, PARTS)
+    head, part, block = program_of_block(heads, plan.blocks, PARTS)
     block = (first + block[0], block[1], block[2])
-    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES[0])
+    position, valid = tokens_of_block(part * QUERIES + tl.arange(0, QUERIES), block, SIDES.queries)
     grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
     if FEW_KEYS:
-        delta = _mean_gradients(
-            query, grads, logsumexp, key, value, height, width, position, head, valid, block, size, scale,
+        delta = _delta_from_weights(
+            query, grads, logsumexp, key, value, height, width, position, head, valid, block, plan.size, scale,
             SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
         )  # fmt: skip
     else:
         outputs = load_map(output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
         delta = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-    of_softmax = load_logsumexp(logsumexp, position, head, valid)
-    of_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)
+    lse = load_lse(logsumexp, position, head, valid)
+    grad_queries = tl.zeros([QUERIES, CHANNELS], tl.float32)
     window = tl.program_id(0).to(tl.int64) * (SIDE * SIDE)
     if window_keys is not None:
         window_keys += window * HEAD_DIM
@@ -334,28 +305,28 @@ def backward_query_kernel(
         window_values += window * VALUE_DIM
     for left in tl.static_range(0, SIDE, COLUMNS):
         columns = left + tl.arange(0, COLUMNS)
-        of_columns = column_logits(width, columns, position, head, valid, block, size, SIDES, MASK_PADDING)
-        of_width = tl.zeros([QUERIES, COLUMNS], tl.float32)
+        column_logits = load_column_logits(width, columns, position, head, valid, block, plan.size, SIDES, MASK_PADDING)
+        grad_column_logits = tl.zeros([QUERIES, COLUMNS], tl.float32)
         for top in range(0, SIDE - REST, ROWS):
-            of_queries, of_width = _differentiate_strip(
-                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+            grad_queries, grad_column_logits = _differentiate_strip(
+                grad_queries, grad_column_logits, queries, grads, lse, delta, key, value, height, column_logits,
                 grad_query, grad_height, grad_width, window_keys, window_values,
-                top, left, position, head, valid, block, size, scale,
+                top, left, position, head, valid, block, plan.size, scale,
                 SIDES, MASK_PADDING, QUERIES, ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
         if REST > 0:
-            of_queries, of_width = _differentiate_strip(
-                of_queries, of_width, queries, grads, of_softmax, delta, key, value, height, of_columns,
+            grad_queries, grad_column_logits = _differentiate_strip(
+                grad_queries, grad_column_logits, queries, grads, lse, delta, key, value, height, column_logits,
                 grad_query, grad_height, grad_width, window_keys, window_values,
-                SIDE - REST, left, position, head, valid, block, size, scale,
+                SIDE - REST, left, position, head, valid, block, plan.size, scale,
                 SIDES, MASK_PADDING, QUERIES, REST_ROWS, COLUMNS,
                 HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS, PRECISION,
             )  # fmt: skip
         if grad_width is not None:
-            add_lines(grad_width, of_width, columns, position, head, valid, False, SIDE)
+            add_lines(grad_width, grad_column_logits, columns, position, head, valid, False, SIDE)
     if grad_query is not None:
-        store_map(grad_query, of_queries * scale, position, head, valid, HEAD_DIM, CHANNELS)
+        store_map(grad_query, grad_queries * scale, position, head, valid, HEAD_DIM, CHANNELS)
 
 
 @triton.jit
@@ -380,7 +351,7 @@ def backward_key_kernel(
     plan,
     heads,
     SIDES: tl.constexpr,
-    WINDOWS: tl.constexpr,
+    QUERY_PARTS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -390,18 +361,19 @@ def backward_key_kernel(
 ):
     """One program: a part of a block of the map, for one head; it adds up the gradients of the windows that hold it.
 
-    WINDOWS: shares that the gradient of a window is made of.
+    QUERY_PARTS: programs of a block of queries; each has written a part of the gradient of the window.
     """
-    _, blocks = plan
-    head, part, block = program_of_block(heads, blocks, PARTS)
+    head, part, block = program_of_block(heads, plan.blocks, PARTS)
     slot = part * BLOCK + tl.arange(0, BLOCK)
-    position, valid = tokens_of_block(slot, (first + block[0], block[1], block[2]), SIDES[1])
+    position, valid = tokens_of_block(slot, (first + block[0], block[1], block[2]), SIDES.keys)
     if grad_key is not None:
-        sums = _overlap(window_keys, slot, valid, block, head, blocks, heads, SIDES, WINDOWS, HEAD_DIM, CHANNELS)
+        sums = _overlap(
+            window_keys, slot, valid, block, head, plan.blocks, heads, SIDES, QUERY_PARTS, HEAD_DIM, CHANNELS
+        )
         store_map(grad_key, sums, position, head, valid, HEAD_DIM, CHANNELS)
     if grad_value is not None:
         sums = _overlap(
-            window_values, slot, valid, block, head, blocks, heads, SIDES, WINDOWS, VALUE_DIM, VALUE_CHANNELS
+            window_values, slot, valid, block, head, plan.blocks, heads, SIDES, QUERY_PARTS, VALUE_DIM, VALUE_CHANNELS
         )
         store_map(grad_value, sums, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
 
@@ -416,25 +388,25 @@ def _overlap(
     blocks,
     heads,
     SIDES: tl.constexpr,
-    WINDOWS: tl.constexpr,
+    QUERY_PARTS: tl.constexpr,
     DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Sum over all windows, those of a block and of its neighbours, of what they have of the tokens of the block."""
-    side: tl.constexpr = SIDES[1] + 2 * SIDES[2]
-    REACH: tl.constexpr = (SIDES[2] + SIDES[1] - 1) // SIDES[1]
+    side: tl.constexpr = SIDES.keys + 2 * SIDES.halo
+    REACH: tl.constexpr = (SIDES.halo + SIDES.keys - 1) // SIDES.keys
     image, block_row, block_column = block
     channel = tl.arange(0, CHANNELS)
     sums = tl.zeros([slot.shape[0], CHANNELS], tl.float32)
     for y in tl.static_range(-REACH, REACH + 1):
         for x in tl.static_range(-REACH, REACH + 1):
-            row = slot // SIDES[1] + SIDES[2] - y * SIDES[1]
-            column = slot % SIDES[1] + SIDES[2] - x * SIDES[1]
-            held = valid & _within(row, side) & _within(column, side)
-            held = held & _within(block_row + y, blocks[0]) & _within(block_column + x, blocks[1])
+            row = slot // SIDES.keys + SIDES.halo - y * SIDES.keys
+            column = slot % SIDES.keys + SIDES.halo - x * SIDES.keys
+            held = valid & within(row, side) & within(column, side)
+            held = held & within(block_row + y, blocks[0]) & within(block_column + x, blocks[1])
             place = (image * blocks[0] + block_row + y) * blocks[1] + block_column + x
-            for share in tl.static_range(0, WINDOWS):
-                window = ((place * WINDOWS + share) * heads + head).to(tl.int64) * (side * side * DIM)
+            for part in tl.static_range(0, QUERY_PARTS):
+                window = ((place * QUERY_PARTS + part) * heads + head).to(tl.int64) * (side * side * DIM)
                 pointers = windows + window + ((row * side + column) * DIM)[:, None] + channel[None, :]
                 mask = held[:, None] & (channel < DIM)[None, :]
                 sums += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)

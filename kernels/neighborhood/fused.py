@@ -3,247 +3,95 @@
 Maps of one and two axes are maps of three with leading axes of size 1. Places count inside a group of tokens `dilation`
 apart, so a program knows no dilation beyond the address of a token. A tile of queries, or of keys, is owned by one
 program for one head, which goes through the tokens that it meets box by box: gradients of query, key and value are sums
-in a fixed order, and so is that of the bias table (see bias.py). Bias and visibility come from a table of their own
-(see columns.py), with -inf where a query does not see a key, so that programs need no masks.
+in a fixed order, and so is that of the bias table. Bias and visibility come from a table of their own
+(see fused_kernels_columns.py), with -inf where a query does not see a key, so that programs need no masks.
 """
 
 import math
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..launch import Parameters, submit
-from ..triton_common import (
-    LOG2_E,
-    Call,
-    attend,
-    ceil_div,
-    load_logsumexp,
-    load_map,
-    load_maps,
-    multiply,
-    next_power_of_two,
-    refuse_tensors,
-    start_softmax,
-    store_attention,
-    store_delta,
-    store_map,
-)
-from .bias import backward_bias_kernel, gather_bias_kernel, gradient_of_pairs, load_for_columns
+from ..launch import Parameters
+from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
 from .check import neighborhood_options
-from .columns import column_table_kernel, geometries, geometry_of, load_columns
-from .tiles import before, box_at, box_of, box_of_tokens, box_steps, next_box, program_tile, tile_of_tokens
+from .fused_kernels import (
+    backward_bias_kernel,
+    backward_key_kernel,
+    backward_query_kernel,
+    forward_kernel,
+    gather_bias_kernel,
+)
+from .fused_kernels_columns import column_table_kernel
+from .fused_kernels_geometry import Ends, Geometries, Plan
 
 TILES = {
     1: {64: (1, 1, 64), 32: (1, 1, 32), 16: (1, 1, 16)},
     2: {64: (1, 8, 8), 32: (1, 4, 8), 16: (1, 4, 4)},
     3: {64: (4, 4, 4), 32: (2, 4, 4), 16: (2, 2, 4)},
 }
-"""Extent of a tile by the rank of the map and the tokens of a block."""
+"""TILES[rank of the map][tokens of a block] is the extent of a tile along three axes."""
 SCRATCH = 2**27
-"""Bytes for sums of score gradients: the gradient of the table takes as many tiles at a time as fit."""
+"""SCRATCH is the number of bytes for sums of score gradients: the gradient of the table takes as many tiles at a time
+as fit. A program of 64 queries and 64 keys writes 16 KiB; 128 MiB are 8192 of them, more than any GPU runs at once.
+"""
 ENTRIES = 16
-"""Entries of the table that a program of the last step of its gradient makes."""
+"""ENTRIES is the number of entries of the table that a program of the last step of its gradient makes: with a block of
+64 they are 1024 numbers, 8 for each of 128 threads.
+"""
 IMAGES = 32
-"""The most images that a program of the gradient of the table sums up,"""
+"""IMAGES is the most images that a program of the gradient of the table sums up: from there on the sums that it writes
+are few beside the tokens that it reads.
+"""
 PROGRAMS = 512
-"""and the number of programs below which they sum up fewer."""
+"""PROGRAMS is the number of programs below which each sums fewer images: about four on each of 132 multiprocessors."""
 
 
-@triton.jit
-def _load_box(
-    left, right, box, stop, group, plan, head,
-    BOX: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The tokens of a box, of two tensors."""
-    position = box_of_tokens(box, stop, group, plan, BOX, BLOCK)
-    return load_maps(left, right, position, head, tl.full([BLOCK], True, tl.int1), HEAD_DIM, CHANNELS)
+def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) -> tuple[Geometries, int, int]:
+    """The geometries of an axis, their PERIOD, and how many there are in all."""
+    period = stride // math.gcd(stride, tile)
+    tiles = ceil_div(ceil_div(size, dilation), tile)
+    ends = []
+    for length in (ceil_div(size, dilation), size // dilation):
+        lead, tail = ceil_div(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
+        ends.append(Ends(lead, tail) if tail >= lead + period else Ends(tiles, tiles))
+    counts = [tiles if lead == tiles else lead + period + tiles - tail for lead, tail in ends]
+    return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)
 
 
-@triton.jit
-def forward_kernel(
-    query,
-    key,
-    value,
-    columns,
-    output,
-    logsumexp,
-    plan,
-    total,
-    heads,
-    scale,
-    BIASED: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    STEPS: tl.constexpr,
-    PERIOD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
-    if not before(first, length):
-        return
-    number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
-    if BIASED:
-        number += head * total
-    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    everywhere = tl.full([BLOCK], True, tl.int1)
-    queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
-    state = start_softmax(BLOCK, CHANNELS)
-    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
-    steps = box_steps(start, stop, BOX)
-    step = (0, 0, 0)
-    for _ in range(0, steps[0] * steps[1] * steps[2]):
-        box = box_at(step, start, BOX)
-        keys, values = _load_box(key, value, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
-        bias = load_columns(
-            columns, number, first, box, step[2], length,
-            KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
-        )  # fmt: skip
-        state = attend(state, queries, keys, values, True, bias, scale, PRECISION)
-        step = next_box(step, steps)
-    store_attention(state, output, logsumexp, position, head, valid, HEAD_DIM, CHANNELS)
+class _Neighborhoods(NamedTuple):
+    """The arguments of all kernels that do not depend on tiles; three axes, of which leading ones may be missing."""
+
+    BIASED: bool
+    RANK: int
+    KERNEL: tuple[int, int, int]
+    STRIDE: tuple[int, int, int]
+    CAUSAL: tuple[bool, bool, bool]
 
 
-@triton.jit
-def backward_query_kernel(
-    query,
-    key,
-    value,
-    columns,
-    grad_output,
-    output,
-    logsumexp,
-    delta,
-    grad_query,
-    plan,
-    total,
-    heads,
-    scale,
-    BIASED: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    STEPS: tl.constexpr,
-    PERIOD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient of a tile of queries, and delta, the sum of output times its gradient."""
-    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
-    if not before(first, length):
-        return
-    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    grads = load_map(grad_output, position, head, valid, HEAD_DIM, CHANNELS)
-    deltas = store_delta(delta, output, grads, position, head, valid, HEAD_DIM, CHANNELS)
-    if grad_query is not None:
-        number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
-        if BIASED:
-            number += head * total
-        everywhere = tl.full([BLOCK], True, tl.int1)
-        queries = load_map(query, position, head, everywhere, HEAD_DIM, CHANNELS)
-        of_softmax = load_logsumexp(logsumexp, position, head, everywhere)[:, None]
-        sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
-        start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, False)
-        steps = box_steps(start, stop, BOX)
-        step = (0, 0, 0)
-        for _ in range(0, steps[0] * steps[1] * steps[2]):
-            box = box_at(step, start, BOX)
-            keys, values = _load_box(key, value, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
-            bias = load_columns(
-                columns, number, first, box, step[2], length,
-                KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, False,
-            )  # fmt: skip
-            of_pairs = gradient_of_pairs(
-                queries, keys, grads, values, bias, of_softmax, deltas[:, None], scale, PRECISION
-            )
-            sums += multiply(of_pairs[1], keys, PRECISION)
-            step = next_box(step, steps)
-        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
+class _Tiles(NamedTuple):
+    """The arguments of kernels whose programs own tiles, of queries or BY_KEY.
 
+    Attributes:
+        total, PERIOD: see :func:`geometries`.
+        TILE, BOX: extents.
+        STEPS, BOXES: the most boxes that a tile meets along the last axis, and along all.
+    """
 
-@triton.jit
-def backward_key_kernel(
-    query,
-    key,
-    value,
-    columns,
-    grad_output,
-    logsumexp,
-    delta,
-    grad_key,
-    grad_value,
-    plan,
-    total,
-    heads,
-    scale,
-    BIASED: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RANK: tl.constexpr,
-    TILE: tl.constexpr,
-    BOX: tl.constexpr,
-    STEPS: tl.constexpr,
-    PERIOD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradients of a tile of keys and values. Scores have keys as rows."""
-    head, group, first = program_tile(tl.program_id(0), heads, plan, TILE)
-    length = group[2]
-    if not before(first, length):
-        return
-    number = geometry_of(first[2] // TILE[2], group, plan, PERIOD)
-    if BIASED:
-        number += head * total
-    position, valid = tile_of_tokens(first, group, plan, TILE, BLOCK)
-    everywhere = tl.full([BLOCK], True, tl.int1)
-    keys, values = load_maps(key, value, position, head, everywhere, HEAD_DIM, CHANNELS)
-    of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    of_values = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    start, stop = box_of(first, length, TILE, KERNEL, STRIDE, CAUSAL, True)
-    steps = box_steps(start, stop, BOX)
-    step = (0, 0, 0)
-    for _ in range(0, steps[0] * steps[1] * steps[2]):
-        box = box_at(step, start, BOX)
-        queries, grads = _load_box(query, grad_output, box, stop, group, plan, head, BOX, BLOCK, HEAD_DIM, CHANNELS)
-        bias = load_columns(
-            columns, number, first, box, step[2], length,
-            KERNEL, STRIDE, CAUSAL, RANK, TILE, BOX, STEPS, BLOCK, True,
-        )  # fmt: skip
-        of_softmax = load_for_columns(logsumexp, box, stop, group, plan, head, BOX, BLOCK) * LOG2_E
-        deltas = load_for_columns(delta, box, stop, group, plan, head, BOX, BLOCK)
-        weights, of_scores = gradient_of_pairs(
-            keys, queries, values, grads, bias, of_softmax[None, :], deltas[None, :], scale, PRECISION
-        )
-        if grad_key is not None:
-            of_keys += multiply(of_scores, queries, PRECISION)
-        if grad_value is not None:
-            of_values += multiply(weights, grads, PRECISION)
-        step = next_box(step, steps)
-    if grad_key is not None:
-        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
-    if grad_value is not None:
-        store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
+    plan: Plan
+    total: int
+    TILE: tuple[int, int, int]
+    BOX: tuple[int, int, int]
+    STEPS: int
+    BOXES: int
+    PERIOD: int
+    BY_KEY: bool
+
+    @property
+    def count(self) -> int:
+        """Tiles of an image and head."""
+        return math.prod(self.plan.dilation) * math.prod(self.plan.tiles)
 
 
 class _Call(Call):
@@ -267,27 +115,24 @@ class _Call(Call):
         self.kernel, self.stride, self.dilation = (self.leading(option, 1) for option in options[:3])
         self.table = None if relative_position_bias is None else relative_position_bias.contiguous()
         causal = self.leading(options[3], False)
-        self.arguments.update(
-            BIASED=self.table is not None, RANK=self.rank, KERNEL=self.kernel, STRIDE=self.stride, CAUSAL=causal
-        )
+        self.shared = _Neighborhoods(self.table is not None, self.rank, self.kernel, self.stride, causal)
         self.column_tables = {}
 
-    def start(self, name: str, kernel: Any, by_key: bool = False, **arguments: Any) -> None:
+    def start(self, name: str, kernel: Any, by_key: bool = False) -> None:
         """Start a kernel whose programs own tiles."""
         parameters = self.parameters(name)
-        self.prepare(parameters, by_key)
-        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
-        self.submit(kernel, self.batch * tiles * self.heads, parameters, **arguments)
+        tiles, columns = self.tiles(parameters, by_key)
+        self.submit(kernel, self.batch * tiles.count * self.heads, parameters, self.shared, tiles, columns=columns)
 
-    def prepare(self, parameters: Parameters, by_key: bool) -> None:
-        """Arguments that follow from the extent of tiles and boxes, and the column table for them."""
+    def tiles(self, parameters: Parameters, by_key: bool) -> tuple[_Tiles, Tensor]:
+        """The tiles of a launch, and the column table for them."""
         tile = TILES[self.rank][parameters.block]
         axes = zip(self.size, self.dilation, tile, strict=True)
         tiles = tuple(ceil_div(ceil_div(size, step), extent) for size, step, extent in axes)
         known, period, total = geometries(self.size[2], self.dilation[2], self.kernel[2], self.stride[2], tile[2])
         box, most = self.box(parameters, tile), self.most_places(tile, by_key)
-        self.arguments.update(
-            plan=(self.size, self.dilation, tiles, known),
+        made = _Tiles(
+            plan=Plan(self.size, self.dilation, tiles, known),
             total=total,
             TILE=tile,
             BOX=box,
@@ -297,23 +142,29 @@ class _Call(Call):
             BY_KEY=by_key,
         )
         if (parameters.block, by_key) not in self.column_tables:
-            self.column_tables[parameters.block, by_key] = self._make_columns(parameters, tile, box, total)
-        self.arguments["columns"] = self.column_tables[parameters.block, by_key]
+            self.column_tables[parameters.block, by_key] = self._make_columns(parameters, made)
+        return made, self.column_tables[parameters.block, by_key]
 
-    def _make_columns(self, parameters: Parameters, tile: Sequence[int], box: Sequence[int], total: int) -> Tensor:
+    def _make_columns(self, parameters: Parameters, tiles: _Tiles) -> Tensor:
         heads = 1 if self.table is None else self.heads
         rows = (2 * self.kernel[0] - 1) * (2 * self.kernel[1] - 1) + 1
-        programs = heads * total * rows
-        steps = self.arguments["STEPS"]
-        columns = self.query.new_empty((programs, steps, tile[2], box[2]), dtype=torch.float32)
-        known = {**self.arguments, "query": self.query, "table": self.table, "columns": columns}
-        arguments = {name: known[name] for name in column_table_kernel.arg_names}
-        submit(column_table_kernel, programs, Parameters(parameters.block, 4, 1), **arguments)
+        programs = heads * tiles.total * rows
+        columns = self.query.new_empty((programs, tiles.STEPS, tiles.TILE[2], tiles.BOX[2]), dtype=torch.float32)
+        self.submit(
+            column_table_kernel,
+            programs,
+            Parameters(parameters.block, 4, 1),
+            self.shared,
+            tiles,
+            query=self.query,
+            table=self.table,
+            columns=columns,
+        )
         return columns
 
     def most_places(self, tile: Sequence[int], by_key: bool) -> list[int]:
         """At least as many places along each axis as a tile can meet."""
-        lengths = map(triton.cdiv, self.size, self.dilation)
+        lengths = map(ceil_div, self.size, self.dilation)
         extents = zip(tile, self.kernel, self.stride, lengths, strict=True)
         # next to a border more queries are taken than see a key
         return [
@@ -325,7 +176,7 @@ class _Call(Call):
         """Extent of the blocks in which a program goes through the tokens that its tile meets."""
         if self.rank == 1:
             return 1, 1, parameters.block
-        lengths = map(triton.cdiv, self.size, self.dilation)
+        lengths = map(ceil_div, self.size, self.dilation)
         axes = zip(tile, self.kernel, lengths, strict=True)
         across = [next_power_of_two(min(extent + kernel - 1, length)) for extent, kernel, length in axes]
         columns = min(across[2], max(16, tile[2]))
@@ -337,9 +188,8 @@ class _Call(Call):
     def backward_bias(self) -> Tensor:
         """The gradient of the table: sums of score gradients over images, then over the pairs of one offset."""
         parameters = self.parameters("backward_bias")
-        self.prepare(parameters, False)
-        boxes = self.arguments["BOXES"]
-        tiles = math.prod(self.dilation) * math.prod(self.arguments["plan"][2])
+        made, columns = self.tiles(parameters, by_key=False)
+        boxes, tiles = made.BOXES, made.count
         images = max(1, min(IMAGES, self.batch, self.batch * tiles * boxes * self.heads // PROGRAMS))
         chunks = ceil_div(self.batch, images)
         size = max(1, chunks) * self.heads * boxes * parameters.block**2 * 4
@@ -348,18 +198,30 @@ class _Call(Call):
         scratch = self.query.new_empty((most * size // 4,), dtype=torch.float32)
         for first in range(0, tiles, most):
             count = min(most, tiles - first)
-            shared = {"first_tile": first, "count": count, "sums": scratch}
+            some = {"first_tile": first, "count": count, "sums": scratch}
             programs = chunks * count * boxes * self.heads
-            self.submit(backward_bias_kernel, programs, parameters, batch=self.batch, images=images, **shared)
+            self.submit(
+                backward_bias_kernel,
+                programs,
+                parameters,
+                self.shared,
+                made,
+                columns=columns,
+                batch=self.batch,
+                images=images,
+                **some,
+            )
             programs = count * self.heads * ceil_div(math.prod(self.table.shape[1:]), ENTRIES)
             self.submit(
                 gather_bias_kernel,
                 programs,
                 parameters,
+                self.shared,
+                made,
                 grad_table=partial,
                 chunks=chunks,
                 ENTRIES=ENTRIES,
-                **shared,
+                **some,
             )
         return partial.sum(0)
 

@@ -11,311 +11,46 @@ order, without atomics.
 Where a route names no region, its keys are left out: no memory outside the tensors is read.
 """
 
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..launch import Parameters
-from ..triton_common import (
-    LOG2_E,
-    Call,
-    ceil_div,
-    load_logsumexp,
-    load_map,
-    load_statistics,
-    multiply,
-    next_power_of_two,
-    refuse_tensors,
-    softmax_step,
-    start_softmax,
-    store_attention,
-    store_map,
-    token_pointers,
-)
+from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
+from .fused_kernels import backward_key_kernel, backward_query_kernel, forward_kernel, invert_kernel
 from .geometry import LIST_AXES
 
 ROUTES_OF_PROGRAM = 1024
-"""That a program looks through at a time to find who is routed to its region."""
+"""ROUTES_OF_PROGRAM is the number of routes that a program looks through at a time to find who is routed to its region:
+32 for each thread of a warp.
+"""
 
 
-@triton.jit
-def _position(image, region, token, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of tokens of regions in the map, for regions of WIDTH tokens across in COLUMNS columns."""
-    return image, region // COLUMNS, token // WIDTH, region % COLUMNS, token % WIDTH
+class _Regions(NamedTuple):
+    """The arguments of all kernels of regions.
 
-
-@triton.jit
-def _program(heads, regions, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """What a program owns: a head of an image, a region, and its tokens as positions and whether there is a token."""
-    parts: tl.constexpr = tl.cdiv(TOKENS, BLOCK)
-    index = tl.program_id(0) // heads
-    token = index % parts * BLOCK + tl.arange(0, BLOCK)
-    image, region = index // parts // regions, index // parts % regions
-    return tl.program_id(0) % heads, image, region, _position(image, region, token, COLUMNS, WIDTH), token < TOKENS
-
-
-@triton.jit
-def _listed(
-    regions_of_list,
-    count,
-    start,
-    image,
-    regions,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Tokens of a list of regions from a slot on, as positions and whether there is a token."""
-    slot = start + tl.arange(0, STEP)
-    if TOKENS % STEP == 0:
-        region = tl.zeros([STEP], tl.int32) + tl.load(regions_of_list + start // TOKENS)
-    else:
-        region = tl.load(regions_of_list + slot // TOKENS, mask=slot < count * TOKENS, other=-1)
-    seen = (region >= 0) & (region < regions)
-    region = tl.where(seen, region, 0).to(tl.int32)
-    return _position(image, region, slot % TOKENS, COLUMNS, WIDTH), seen
-
-
-@triton.jit
-def _load_keys(
-    key,
-    value,
-    routes,
-    start,
-    image,
-    regions,
-    head,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOPK: tl.constexpr,
-    STEP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_CHANNELS: tl.constexpr,
-):
-    """Keys and values that routes lead to, from a slot of their list on, and what masks those that are none."""
-    position, seen = _listed(routes, TOPK, start, image, regions, TOKENS, COLUMNS, WIDTH, STEP)
-    keys = load_map(key, position, head, seen, HEAD_DIM, CHANNELS)
-    values = load_map(value, position, head, seen, VALUE_DIM, VALUE_CHANNELS)
-    return keys, values, tl.where(seen, 0.0, float("-inf"))[None, :]
-
-
-@triton.jit
-def _attend(state, queries, keys, values, mask, scale, PRECISION: tl.constexpr):
-    """The online softmax with one more block of keys."""
-    largest, total, sums = state
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + mask
-    weights, largest, total, decay = softmax_step(scores, largest, total)
-    return largest, total, sums * decay[:, None] + multiply(weights, values, PRECISION)
-
-
-@triton.jit
-def _weigh(queries, keys, grads, values, offset, scale, PRECISION: tl.constexpr):
-    """Softmax weights of pairs, and their gradients. The offset of the scores is -inf for pairs that are none."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + offset
-    return tl.exp2(scores), multiply(grads, tl.trans(values), PRECISION)
-
-
-@triton.jit
-def forward_kernel(
-    query,
-    key,
-    value,
-    routes,
-    output,
-    logsumexp,
-    regions,
-    heads,
-    scale,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOPK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
-    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-    routes += (image.to(tl.int64) * regions + region) * TOPK
-    state = start_softmax(BLOCK, VALUE_CHANNELS)
-    for start in range(0, TOPK * TOKENS, STEP):
-        keys, values, mask = _load_keys(
-            key, value, routes, start, image, regions, head, TOKENS,
-            COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
-        )  # fmt: skip
-        state = _attend(state, queries, keys, values, mask, scale, PRECISION)
-    store_attention(state, output, logsumexp, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-
-
-@triton.jit
-def backward_query_kernel(
-    query,
-    key,
-    value,
-    routes,
-    grad_output,
-    logsumexp,
-    delta,
-    grad_query,
-    regions,
-    heads,
-    scale,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOPK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient of queries of one region, and delta, the mean of the gradients of their weights.
-
-    Delta is also the sum of output times gradient, but the rounding of the output does not cancel against the gradient
-    of a weight near 1, and with few keys such weights are common. So it takes a pass of its own where the keys do not
-    fit into one block, and is divided by the sum of the weights, which is 1 but for the rounding of the logsumexp.
+    Attributes:
+        regions: of an image.
+        TOKENS: of a region.
+        COLUMNS: of regions.
+        WIDTH: tokens of a row of a region.
+        TOPK: routes of a region.
     """
-    head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
-    queries = load_map(query, position, head, valid, HEAD_DIM, CHANNELS)
-    grads = load_map(grad_output, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    statistics = load_logsumexp(logsumexp, position, head, valid)[:, None]
-    routes += (image.to(tl.int64) * regions + region) * TOPK
-    if TOPK * TOKENS <= STEP:
-        keys, values, mask = _load_keys(
-            key, value, routes, 0, image, regions, head, TOKENS,
-            COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
-        )  # fmt: skip
-        weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
-        deltas = tl.sum(weights * of_weights, 1)
-        total = tl.sum(weights, 1)
-    else:
-        deltas = tl.zeros([BLOCK], tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, TOPK * TOKENS, STEP):
-            keys, values, mask = _load_keys(
-                key, value, routes, start, image, regions, head, TOKENS,
-                COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
-            )  # fmt: skip
-            weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
-            deltas += tl.sum(weights * of_weights, 1)
-            total += tl.sum(weights, 1)
-    deltas = deltas / total
-    tl.store(token_pointers(delta, position, head), deltas, mask=valid)
-    if grad_query is not None:
-        if TOPK * TOKENS <= STEP:
-            sums = multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
-        else:
-            sums = tl.zeros([BLOCK, CHANNELS], tl.float32)
-            for start in range(0, TOPK * TOKENS, STEP):
-                keys, values, mask = _load_keys(
-                    key, value, routes, start, image, regions, head, TOKENS,
-                    COLUMNS, WIDTH, TOPK, STEP, HEAD_DIM, CHANNELS, VALUE_DIM, VALUE_CHANNELS,
-                )  # fmt: skip
-                weights, of_weights = _weigh(queries, keys, grads, values, mask - statistics, scale, PRECISION)
-                sums += multiply(weights * (of_weights - deltas[:, None]), keys, PRECISION)
-        store_map(grad_query, sums * scale, position, head, valid, HEAD_DIM, CHANNELS)
+
+    routes: Tensor
+    regions: int
+    TOKENS: int
+    COLUMNS: int
+    WIDTH: int
+    TOPK: int
 
 
-@triton.jit
-def invert_kernel(
-    query, routes, askers, sections, regions, TOPK: tl.constexpr, ROUTES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A region's section of the list of those who are routed to it; one who is routed to it twice is there twice.
+class _Askers(NamedTuple):
+    """Who is routed to a region, as a list by region, and the section of each region."""
 
-    Args:
-        askers: (batch, regions * k): the list, regions of queries.
-        sections: (batch, regions + 1): where the section of a region begins, and the end of the last.
-        ROUTES: k, padded to a power of two.
-    """
-    image = tl.program_id(0) // (regions + 1)
-    region = tl.program_id(0) % (regions + 1)
-    routes += image.to(tl.int64) * regions * TOPK
-    askers += image.to(tl.int64) * regions * TOPK
-    slot = tl.arange(0, ROUTES)[None, :]
-    first = 0
-    for start in range(0, regions, BLOCK):
-        asker = start + tl.arange(0, BLOCK)[:, None]
-        route = tl.load(routes + asker * TOPK + slot, mask=(asker < regions) & (slot < TOPK), other=-1)
-        first += tl.sum(tl.sum(((route >= 0) & (route < region)).to(tl.int32), 1), 0)
-    tl.store(sections + image.to(tl.int64) * (regions + 1) + region, first)
-    if region < regions:
-        for start in range(0, regions, BLOCK):
-            asker = start + tl.arange(0, BLOCK)
-            inside = (asker < regions)[:, None] & (slot < TOPK)
-            route = tl.load(routes + asker[:, None] * TOPK + slot, mask=inside, other=-1)
-            times = tl.sum((route == region).to(tl.int32), 1)
-            place = first + tl.cumsum(times, 0) - times
-            for again in range(0, tl.max(times, 0)):
-                tl.store(askers + place + again, asker, mask=again < times)
-            first += tl.sum(times, 0)
-
-
-@triton.jit
-def backward_key_kernel(
-    query,
-    key,
-    value,
-    askers,
-    sections,
-    grad_output,
-    logsumexp,
-    delta,
-    grad_key,
-    grad_value,
-    regions,
-    heads,
-    scale,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOPK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradients of keys and values of one region. Scores have keys as rows."""
-    head, image, region, position, valid = _program(heads, regions, TOKENS, COLUMNS, WIDTH, BLOCK)
-    keys = load_map(key, position, head, valid, HEAD_DIM, CHANNELS)
-    values = load_map(value, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
-    of_keys = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    of_values = tl.zeros([BLOCK, VALUE_CHANNELS], tl.float32)
-    section = sections + image.to(tl.int64) * (regions + 1) + region
-    first = tl.load(section)
-    count = tl.load(section + 1) - first
-    askers += image.to(tl.int64) * regions * TOPK + first
-    for start in range(0, count * TOKENS, STEP):
-        asking, asked = _listed(askers, count, start, image, regions, TOKENS, COLUMNS, WIDTH, STEP)
-        queries = load_map(query, asking, head, asked, HEAD_DIM, CHANNELS)
-        grads = load_map(grad_output, asking, head, asked, VALUE_DIM, VALUE_CHANNELS)
-        of_rows, deltas = load_statistics(logsumexp, delta, asking, head, asked)
-        offset = tl.where(asked, -of_rows, float("-inf"))[None, :]
-        weights, of_weights = _weigh(keys, queries, values, grads, offset, scale, PRECISION)
-        if grad_key is not None:
-            of_keys += multiply(weights * (of_weights - deltas[None, :]), queries, PRECISION)
-        if grad_value is not None:
-            of_values += multiply(weights, grads, PRECISION)
-    if grad_key is not None:
-        store_map(grad_key, of_keys * scale, position, head, valid, HEAD_DIM, CHANNELS)
-    if grad_value is not None:
-        store_map(grad_value, of_values, position, head, valid, VALUE_DIM, VALUE_CHANNELS)
+    askers: Tensor
+    sections: Tensor
 
 
 class _Call(Call):
@@ -327,14 +62,7 @@ class _Call(Call):
         self.routes = routes.contiguous()
         rows, height, columns, width = self.size
         self.regions, self.tokens_of_region, self.topk = rows * columns, height * width, routes.shape[2]
-        self.arguments.update(
-            routes=self.routes,
-            regions=self.regions,
-            TOKENS=self.tokens_of_region,
-            COLUMNS=columns,
-            WIDTH=width,
-            TOPK=self.topk,
-        )
+        self.shared = _Regions(self.routes, self.regions, self.tokens_of_region, columns, width, self.topk)
 
     def as_map(self, tokens: Tensor) -> Tensor:
         """A tensor of the call as a map, a view: a list is one of a single column, of regions one token high."""
@@ -344,7 +72,7 @@ class _Call(Call):
         """The inverse of :meth:`as_map`."""
         return tokens[:, :, 0, 0] if self.is_list else tokens
 
-    def submit_regions(self, kernel, name: str, **arguments) -> None:
+    def submit_regions(self, kernel, name: str, *groups: NamedTuple) -> None:
         """Programs own tokens of regions; in each step they meet tokens of the regions in a list."""
         parameters = self.parameters(name)
         owned, step = (
@@ -352,24 +80,26 @@ class _Call(Call):
             for tokens in (self.tokens_of_region, self.topk * self.tokens_of_region)
         )
         programs = self.batch * self.regions * ceil_div(self.tokens_of_region, owned) * self.heads
-        warps = _warps(owned, self.arguments["CHANNELS"], self.query.element_size())
+        warps = _warps(owned, self.inputs.CHANNELS, self.query.element_size())
         parameters = parameters._replace(block=owned, warps=min(parameters.warps, warps))
-        self.submit(kernel, programs, parameters, STEP=step, **arguments)
+        self.submit(kernel, programs, parameters, self.shared, *groups, STEP=step)
 
-    def invert(self) -> dict[str, Tensor]:
-        """Who is routed to a region, as a list by region, and the section of each region."""
+    def invert(self) -> _Askers:
         askers = self.routes.new_empty((self.batch, self.regions * self.topk), dtype=torch.int32)
         sections = self.routes.new_empty((self.batch, self.regions + 1), dtype=torch.int32)
-        lists = {"askers": askers, "sections": sections}
+        lists = _Askers(askers, sections)
         routes = next_power_of_two(self.topk)
         block = min(max(1, ROUTES_OF_PROGRAM // routes), next_power_of_two(self.regions))
         parameters = Parameters(block=block, warps=max(1, block * routes // 1024), stages=1)
-        self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, ROUTES=routes, **lists)
+        self.submit(invert_kernel, self.batch * (self.regions + 1), parameters, self.shared, lists, ROUTES=routes)
         return lists
 
 
 def _warps(tokens: int, channels: int, element_size: int) -> int:
-    """One for each 16 tokens, as a tensor core takes them, and more where a thread would sum too many channels."""
+    """One for each 16 tokens, as a tensor core takes them, and more where a thread would sum too many channels.
+
+    A warp has 1024 bytes: 16 tokens of 32 channels of two bytes.
+    """
     return max(1, tokens * max(channels, 32) * element_size // 1024)
 
 
@@ -395,10 +125,10 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of query, key and value, those that are needed; all three with `into`, tensors to write them to."""
     call = _Call(*arguments)
-    statistics = map(call.as_map, (grad_output, output, logsumexp))
+    maps = map(call.as_map, (grad_output, output, logsumexp))
     spaces = None if into is None else [call.as_map(space) for space in into]
-    gradients = call.start_backward(*statistics, needs_gradient, spaces)
+    gradients = call.start_backward(*maps, needs_gradient, spaces)
     call.submit_regions(backward_query_kernel, "backward_query")
     if needs_gradient[1] or needs_gradient[2]:
-        call.submit_regions(backward_key_kernel, "backward_key", **call.invert())
+        call.submit_regions(backward_key_kernel, "backward_key", call.invert())
     return [call.as_given(gradient) for gradient in gradients if gradient is not None]

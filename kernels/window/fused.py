@@ -7,50 +7,48 @@ through an online softmax over blocks of keys, and their gradients are summed by
 The gradient of the bias table is summed over windows in registers, then over programs and offsets in a fixed order.
 """
 
-from typing import Any, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..checks import per_axis
 from ..launch import Parameters
 from ..triton_common import Call, ceil_div, next_power_of_two, refuse_tensors
-from .parts import backward_bias_kernel, backward_key_kernel, backward_query_kernel, forward_kernel
-from .places import cell
-from .whole import backward_whole_kernel, bias_kernel, forward_whole_kernel
+from .fused_kernels import (
+    backward_bias_kernel,
+    backward_key_kernel,
+    backward_query_kernel,
+    forward_kernel,
+    sum_by_offset_kernel,
+)
+from .fused_kernels_geometry import Plan
+from .fused_kernels_whole import backward_whole_kernel, bias_kernel, forward_whole_kernel
 
 PROGRAMS = {"forward_whole": 4096, "backward_whole": 1024, "backward_bias": 1024}
-"""Enough to fill a large GPU, and few enough to share the bias, or to sum its gradients."""
+"""PROGRAMS[kernel] is the number of programs that windows are dealt out to: enough to fill a large GPU of 132
+multiprocessors several times, and few enough that a program reads the bias once for many windows. A program of the
+backward also writes the sum of its gradients of the bias, so that there are fewer.
+"""
 
 
-@triton.jit
-def sum_by_offset_kernel(
-    query,
-    of_pairs,
-    grad_table,
-    WINDOW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PACK: tl.constexpr,
-    EXTENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: one entry of the gradient of the table, from the gradients of the scores of all pairs of slots.
+class _Windows(NamedTuple):
+    """The arguments of all kernels of windows; WIDTH: slots of a row of a window, a power of two."""
 
-    Args:
-        of_pairs: (heads, EXTENT, EXTENT), the slots of a block of PACK windows.
-    """
-    ROW: tl.constexpr = 2 * WINDOW[1] - 1
-    ENTRIES: tl.constexpr = (2 * WINDOW[0] - 1) * ROW
-    head, entry = tl.program_id(0) // ENTRIES, tl.program_id(0) % ENTRIES
-    down, across = entry // ROW - WINDOW[0] + 1, entry % ROW - WINDOW[1] + 1
-    slot = tl.arange(0, BLOCK)
-    row, column, valid = cell(slot, WINDOW, WIDTH)
-    y, x = row + down, column + across
-    seen = valid & (slot < PACK * WINDOW[0] * WIDTH) & (y >= 0) & (y < WINDOW[0]) & (x >= 0) & (x < WINDOW[1])
-    pairs = of_pairs + (head * EXTENT + slot) * EXTENT + slot + down * WIDTH + across
-    tl.store(grad_table + tl.program_id(0), tl.sum(tl.load(pairs, mask=seen, other=0.0), 0))
+    table: Optional[Tensor]
+    plan: Plan
+    SHIFTED: bool
+    PER_HEAD: bool
+    WINDOW: tuple[int, int]
+    WIDTH: int
+
+
+class _Whole(NamedTuple):
+    """The arguments of kernels for windows that fit into one block; PACK: windows of a block."""
+
+    blocks_per_program: int
+    tiles: Tensor
+    PACK: int
 
 
 class _Call(Call):
@@ -77,40 +75,40 @@ class _Call(Call):
         step, spacing = ((1, 1), counts) if partition == "grid" else (self.window, (1, 1))
         shifts = zip(per_axis("shift", shift, 2), counts, strict=True)
         shifts = tuple(offset if count > 1 else 0 for offset, count in shifts)
-        self.arguments.update(
+        self.shared = _Windows(
             table=None if relative_position_bias is None else relative_position_bias.contiguous(),
-            plan=(self.batch, counts, self.size, step, spacing, shifts),
+            plan=Plan(self.batch, counts, self.size, step, spacing, shifts),
             SHIFTED=any(shifts),
             PER_HEAD=relative_position_bias is not None,
             WINDOW=self.window,
             WIDTH=width,
         )
 
-    def whole(self, name: str) -> Optional[dict[str, Any]]:
-        """How to start the kernel for windows that fit into one block, None where these do not."""
+    def whole(self, name: str) -> Optional[tuple[int, Parameters, _Whole]]:
+        """Programs, parameters and arguments of the kernel for windows that fit into one block, None if they do not."""
         parameters = self.parameters(name)
         if self.tokens_per_window > parameters.block:
             return None
-        pack = 1 if self.arguments["SHIFTED"] else parameters.block // self.tokens_per_window
+        pack = 1 if self.shared.SHIFTED else parameters.block // self.tokens_per_window
         block = max(16, next_power_of_two(pack * self.tokens_per_window))
-        share = max(1, ceil_div(self.windows, pack) * self.heads // PROGRAMS[name])
-        programs = sum(ceil_div(self.batch * count, pack * share) for count in self.alike()) * self.heads
-        sizes = {"share": share, "PACK": pack, "tiles": self.bias_tiles(block, pack)}
-        return {"programs": programs, "parameters": parameters._replace(block=block), **sizes}
+        blocks_per_program = max(1, ceil_div(self.windows, pack) * self.heads // PROGRAMS[name])
+        programs = sum(ceil_div(self.batch * count, pack * blocks_per_program) for count in self.alike()) * self.heads
+        whole = _Whole(blocks_per_program, self.bias_tiles(block, pack), pack)
+        return programs, parameters._replace(block=block), whole
 
     def alike(self) -> list[int]:
         """Windows of an image that the shift tears in no way, along columns, along rows, and both."""
-        _, counts, *_, shifts = self.arguments["plan"]
         (rows, torn_rows), (columns, torn_columns) = (
-            (count - (shift > 0), int(shift > 0)) for count, shift in zip(counts, shifts, strict=True)
+            (count - (shift > 0), int(shift > 0))
+            for count, shift in zip(self.shared.plan.counts, self.shared.plan.shift, strict=True)
         )
         return [rows * columns, rows * torn_columns, torn_rows * columns, torn_rows * torn_columns]
 
     def bias_tiles(self, block: int, pack: int) -> Tensor:
         """What is added to the scores of a block of windows, made once for all of them."""
-        shape = (self.heads if self.arguments["PER_HEAD"] else 1, 4 if self.arguments["SHIFTED"] else 1, block, block)
+        shape = (self.heads if self.shared.PER_HEAD else 1, 4 if self.shared.SHIFTED else 1, block, block)
         tiles = self.query.new_empty(shape, dtype=torch.float32)
-        self.submit(bias_kernel, shape[0] * shape[1], Parameters(block, 4, 1), tiles=tiles, PACK=pack)
+        self.submit(bias_kernel, shape[0] * shape[1], Parameters(block, 4, 1), self.shared, tiles=tiles, PACK=pack)
         return tiles
 
     def parts(self, parameters: Parameters) -> int:
@@ -128,10 +126,10 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     outputs = call.start_forward()
     whole = call.whole("forward_whole")
     if whole:
-        call.submit(forward_whole_kernel, **whole)
+        call.submit(forward_whole_kernel, *whole, call.shared)
     else:
         parameters = call.parameters("forward")
-        call.submit(forward_kernel, call.parts(parameters), parameters)
+        call.submit(forward_kernel, call.parts(parameters), parameters, call.shared)
     return outputs
 
 
@@ -147,17 +145,18 @@ def backward(
     call = _Call(*arguments)
     gradients = call.start_backward(grad_output, output, logsumexp, needs_gradient, into)
     whole = call.whole("backward_whole")
-    of_table = _backward_whole(call, whole, needs_gradient) if whole else _backward_parts(call, needs_gradient)
-    return [gradient for gradient in (*gradients, of_table) if gradient is not None]
+    grad_table = _backward_whole(call, *whole, needs_gradient) if whole else _backward_parts(call, needs_gradient)
+    return [gradient for gradient in (*gradients, grad_table) if gradient is not None]
 
 
-def _backward_whole(call: _Call, whole: dict[str, Any], needs_gradient: Sequence[bool]) -> Optional[Tensor]:
+def _backward_whole(
+    call: _Call, programs: int, parameters: Parameters, whole: _Whole, needs_gradient: Sequence[bool]
+) -> Optional[Tensor]:
     """Fills the gradients; returns that of the table, if it is needed."""
-    block, groups = whole["parameters"].block, whole["programs"] // call.heads
-    shape = (groups, call.heads, block, block)
+    shape = (programs // call.heads, call.heads, parameters.block, parameters.block)
     partial = call.query.new_empty(shape, dtype=torch.float32) if needs_gradient[3] else None
-    call.submit(backward_whole_kernel, partial=partial, **whole)
-    return None if partial is None else _sum_by_offset(call, partial.sum(0), call.window[1], whole["PACK"])
+    call.submit(backward_whole_kernel, programs, parameters, whole, call.shared, partial=partial)
+    return None if partial is None else _sum_by_offset(call, partial.sum(0), call.window[1], whole.PACK)
 
 
 def _backward_parts(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Tensor]:
@@ -168,35 +167,43 @@ def _backward_parts(call: _Call, needs_gradient: Sequence[bool]) -> Optional[Ten
         kernels["backward_key"] = backward_key_kernel
     for name, kernel in kernels.items():
         parameters = call.parameters(name)
-        call.submit(kernel, call.parts(parameters), parameters)
+        call.submit(kernel, call.parts(parameters), parameters, call.shared)
     return _backward_bias(call) if needs_bias else None
 
 
 def _backward_bias(call: _Call) -> Tensor:
     parameters = call.parameters("backward_bias")
     parts = ceil_div(call.slots, parameters.block)
-    share = max(1, call.windows * call.heads * parts**2 // PROGRAMS["backward_bias"])
-    chunks = ceil_div(call.windows, share)
+    windows_per_program = max(1, call.windows * call.heads * parts**2 // PROGRAMS["backward_bias"])
+    chunks = ceil_div(call.windows, windows_per_program)
     shape = (chunks, call.heads, parts * parameters.block, parts * parameters.block)
     partial = call.query.new_empty(shape, dtype=torch.float32)
     programs = chunks * parts**2 * call.heads
-    call.submit(backward_bias_kernel, programs, parameters, partial=partial, windows_per_program=share)
-    return _sum_by_offset(call, partial.sum(0), call.arguments["WIDTH"], 1)
+    call.submit(
+        backward_bias_kernel,
+        programs,
+        parameters,
+        call.shared,
+        partial=partial,
+        windows_per_program=windows_per_program,
+    )
+    return _sum_by_offset(call, partial.sum(0), call.shared.WIDTH, 1)
 
 
-def _sum_by_offset(call: _Call, of_pairs: Tensor, width: int, pack: int) -> Tensor:
+def _sum_by_offset(call: _Call, grad_scores: Tensor, width: int, pack: int) -> Tensor:
     """Gradient of the table from that of the scores of all pairs of slots of a block, (heads, slots, slots)."""
-    of_table = call.query.new_empty(call.arguments["table"].shape, dtype=torch.float32)
-    extent = of_pairs.shape[-1]
+    grad_table = call.query.new_empty(call.shared.table.shape, dtype=torch.float32)
+    extent = grad_scores.shape[-1]
     parameters = Parameters(next_power_of_two(extent), 1, 1)
     call.submit(
         sum_by_offset_kernel,
-        of_table.numel(),
+        grad_table.numel(),
         parameters,
-        of_pairs=of_pairs,
-        grad_table=of_table,
+        call.shared,
+        grad_scores=grad_scores,
+        grad_table=grad_table,
         WIDTH=width,
         PACK=pack,
         EXTENT=extent,
     )
-    return of_table
+    return grad_table

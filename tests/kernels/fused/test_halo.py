@@ -64,7 +64,7 @@ def test_gradients_of_windows_take_some_images_at_a_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         fused._Call,
         "_add_windows",
-        lambda call, *rest, **arguments: (firsts.append(arguments["first"]), add(call, *rest, **arguments)),
+        lambda call, images, query_parts, held: (firsts.append(held.first), add(call, images, query_parts, held)),
     )
     check(case)
     assert set(firsts) == {0, 2}

@@ -1,8 +1,9 @@
 """Where the tokens of fused window attention lie, which of them see each other, and what is added to their scores.
 
-A "slot" is a place in a block of tokens: a block has some windows, or a part of one. The plan of a call is (batch;
-windows along each axis; size of the map; distance of windows and of their tokens; shift), one number for each axis.
+A "slot" is a place in a block of tokens: a block has some windows, or a part of one.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,14 +11,31 @@ import triton.language as tl
 from ..triton_common import LOG2_E
 
 
+class Plan(NamedTuple):
+    """How a map is cut into windows; pairs have a number for each axis.
+
+    Attributes:
+        counts: windows.
+        size: of the map.
+        step, spacing: distance of the first tokens of windows, and of the tokens of a window.
+    """
+
+    batch: int
+    counts: tuple[int, int]
+    size: tuple[int, int]
+    step: tuple[int, int]
+    spacing: tuple[int, int]
+    shift: tuple[int, int]
+
+
 @triton.jit
 def numbers(plan):
     """The plan without constants: Triton 3.6 loses those of a tuple inside a loop."""
     zero = tl.program_id(1)
-    batch, counts, size, step, spacing, shift = plan
-    counts, size = (counts[0] + zero, counts[1] + zero), (size[0] + zero, size[1] + zero)
-    step, spacing = (step[0] + zero, step[1] + zero), (spacing[0] + zero, spacing[1] + zero)
-    return batch + zero, counts, size, step, spacing, (shift[0] + zero, shift[1] + zero)
+    counts, size = (plan.counts[0] + zero, plan.counts[1] + zero), (plan.size[0] + zero, plan.size[1] + zero)
+    step = (plan.step[0] + zero, plan.step[1] + zero)
+    spacing = (plan.spacing[0] + zero, plan.spacing[1] + zero)
+    return Plan(plan.batch + zero, counts, size, step, spacing, (plan.shift[0] + zero, plan.shift[1] + zero))
 
 
 @triton.jit
@@ -46,7 +64,7 @@ def members(window, block, slot, rectangle, WINDOW: tl.constexpr, PACK: tl.const
 @triton.jit
 def _place(slot, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr):
     """Row and column of the slots of windows in the map, before the shift."""
-    _, _, _, step, spacing, _ = plan
+    step, spacing = plan.step, plan.spacing
     row, column, _ = cell(slot, WINDOW, WIDTH)
     return window[1] * step[0] + row * spacing[0], window[2] * step[1] + column * spacing[1]
 
@@ -56,14 +74,14 @@ def locate(slot, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr, PACK: 
     """Positions (image, row, column) in the map of the slots of a block of windows, and which have a token."""
     y, x = _place(slot, window, plan, WINDOW, WIDTH)
     if SHIFTED:
-        size, shift = plan[2], plan[5]
+        size, shift = plan.size, plan.shift
         y = tl.where(y >= size[0] - shift[0], y - size[0], y) + shift[0]
         x = tl.where(x >= size[1] - shift[1], x - size[1], x) + shift[1]
     valid = slot < PACK * WINDOW[0] * WIDTH
     if WINDOW[1] < WIDTH:
         valid = valid & cell(slot, WINDOW, WIDTH)[2]
     if PACK > 1:
-        valid = valid & (window[0] < plan[0])
+        valid = valid & (window[0] < plan.batch)
     return (window[0], y, x), valid
 
 
@@ -71,15 +89,14 @@ def locate(slot, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr, PACK: 
 def _region(slot, window, plan, WINDOW: tl.constexpr, WIDTH: tl.constexpr):
     """The part of a torn window that a slot lies in: tokens of two parts do not see each other."""
     y, x = _place(slot, window, plan, WINDOW, WIDTH)
-    size, shift = plan[2], plan[5]
+    size, shift = plan.size, plan.shift
     return (y >= size[0] - shift[0]).to(tl.int32) * 2 + (x >= size[1] - shift[1]).to(tl.int32)
 
 
 @triton.jit
 def torn(window, plan, AXIS: tl.constexpr):
     """Whether the shift tears a window apart along an axis: it does so to the last one."""
-    _, counts, _, _, _, shift = plan
-    return (window[1 + AXIS] == counts[AXIS] - 1) & (shift[AXIS] > 0)
+    return (window[1 + AXIS] == plan.counts[AXIS] - 1) & (plan.shift[AXIS] > 0)
 
 
 @triton.jit
@@ -89,9 +106,9 @@ def tear(scores, rows, columns, window, plan, WINDOW: tl.constexpr, WIDTH: tl.co
     if SHIFTED:
         border = torn(window, plan, 0) | torn(window, plan, 1)
     if border:
-        of_rows = _region(rows, window, plan, WINDOW, WIDTH)
-        of_columns = _region(columns, window, plan, WINDOW, WIDTH)
-        scores = tl.where(of_rows[:, None] == of_columns[None, :], scores, float("-inf"))
+        row_regions = _region(rows, window, plan, WINDOW, WIDTH)
+        column_regions = _region(columns, window, plan, WINDOW, WIDTH)
+        scores = tl.where(row_regions[:, None] == column_regions[None, :], scores, float("-inf"))
     return scores
 
 
@@ -116,8 +133,3 @@ def bias_of(table, head, query, key, WINDOW: tl.constexpr, WIDTH: tl.constexpr, 
         taken = visible & asked & (query < PACK * SLOTS)
         bias = tl.load(start + entry, mask=taken, other=0.0).to(tl.float32) * LOG2_E
     return tl.where(visible, bias, float("-inf"))
-
-
-@triton.jit
-def scores_of(queries, keys, bias, scale, PRECISION: tl.constexpr):
-    return tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias

@@ -1,4 +1,6 @@
-"""Tiles and boxes of aggregated attention: what a Triton program owns, which pairs of tokens see each other, scores."""
+"""Tiles and boxes of aggregated attention: what a Triton program owns, which pairs of tokens see each other, biases."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -6,17 +8,28 @@ import triton.language as tl
 from ..triton_common import LOG2_E, multiply, token_pointers
 
 
+class Plan(NamedTuple):
+    """Size of the map, tiles along each of its axes, and what programs are made of."""
+
+    size: tuple[int, int]
+    tiles: tuple[int, int]
+    batch: int
+    heads: int
+    images_per_program: int
+
+
 @triton.jit
 def program_of_tile(plan, TILE: tl.constexpr):
     """What a program owns: a head, the first and last image, a tile's row and column, its tokens, which exist."""
-    size, tiles, batch, heads, share = plan
+    tiles, heads, images_per_program = plan.tiles, plan.heads, plan.images_per_program
     index = tl.program_id(0) // heads
     tile = index % (tiles[0] * tiles[1])
-    first = index // (tiles[0] * tiles[1]) * share
+    first = index // (tiles[0] * tiles[1]) * images_per_program
     corner = (tile // tiles[1] * TILE[0], tile % tiles[1] * TILE[1])
     slot = tl.arange(0, TILE[0] * TILE[1])
     tokens = (corner[0] + slot // TILE[1], corner[1] + slot % TILE[1])
-    return tl.program_id(0) % heads, (first, tl.minimum(first + share, batch)), corner, tokens, _inside(tokens, size)
+    images = (first, tl.minimum(first + images_per_program, plan.batch))
+    return tl.program_id(0) % heads, images, corner, tokens, _inside(tokens, plan.size)
 
 
 @triton.jit
@@ -39,7 +52,7 @@ def window_slots(TILE: tl.constexpr, BOX: tl.constexpr, WINDOW: tl.constexpr):
     """For tokens of a tile (rows) and of its box: which lie in the window around the row, and in which slot of it.
 
     Returns:
-        of_row, of_column: the slot is of_column - of_row, in two parts that take fewer registers than a tile of slots.
+        row_slot, column_slot: the slot is column_slot - row_slot; two parts take fewer registers than a tile of slots.
     """
     token = tl.arange(0, TILE[0] * TILE[1])
     other = tl.arange(0, BOX)
@@ -47,8 +60,8 @@ def window_slots(TILE: tl.constexpr, BOX: tl.constexpr, WINDOW: tl.constexpr):
     y = (other // width)[None, :] - (token // TILE[1])[:, None]
     x = (other % width)[None, :] - (token % TILE[1])[:, None]
     near = (y >= 0) & (y < WINDOW) & (x >= 0) & (x < WINDOW)
-    of_row = token // TILE[1] * WINDOW + token % TILE[1]
-    return of_row, other // width * WINDOW + other % width, near
+    row_slot = token // TILE[1] * WINDOW + token % TILE[1]
+    return row_slot, other // width * WINDOW + other % width, near
 
 
 @triton.jit
@@ -113,8 +126,8 @@ def store_windows(
     """
     slots = residues(tl.arange(0, BOX), TILE[1] + WINDOW - 1, WINDOW, SLOTS).to(DTYPE)
     pointers, mask = window_pointers(windows, position, head, valid, TILE[1], 0, WINDOW, SLOTS)
-    of_window = multiply(values, slots, PRECISION)
-    tl.store(pointers, of_window.to(windows.pointer.dtype.element_ty), mask=mask)
+    window_sums = multiply(values, slots, PRECISION)
+    tl.store(pointers, window_sums.to(windows.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -124,15 +137,15 @@ def store_sums_by_slot(
     """Write the sums over the pairs of a tile of keys and its box of queries that are the same slot of a window."""
     width: tl.constexpr = TILE[1] + WINDOW - 1
     token = tl.arange(0, TILE[0] * TILE[1])
-    of_slots = tl.zeros([TILE[0] * TILE[1], SLOTS], tl.float32)
+    sums_by_slot = tl.zeros([TILE[0] * TILE[1], SLOTS], tl.float32)
     for _ in tl.static_range(3):  # of 8 bits each, which make a float32
         bits = values.to(tl.bfloat16)
-        of_slots += tl.dot(bits, residues(tl.arange(0, BOX), width, WINDOW, SLOTS).to(tl.bfloat16))
+        sums_by_slot += tl.dot(bits, residues(tl.arange(0, BOX), width, WINDOW, SLOTS).to(tl.bfloat16))
         values -= bits.to(tl.float32)
     slot = window_slots_by_residue(token, TILE[1], 0, WINDOW, SLOTS)
     for index in range(0, WINDOW * WINDOW):
         entry = tl.program_id(0).to(tl.int64) * (WINDOW * WINDOW) + WINDOW * WINDOW - 1 - index
-        tl.store(partial + entry, tl.sum(tl.sum(tl.where(slot == index, of_slots, 0.0), 1), 0))
+        tl.store(partial + entry, tl.sum(tl.sum(tl.where(slot == index, sums_by_slot, 0.0), 1), 0))
 
 
 @triton.jit
@@ -157,16 +170,3 @@ def load_pooled_bias(bias, head, tokens, token, valid, slot, pooled, CELLS: tl.c
         row = tl.cast(head, tl.int64) * tokens + tl.where(valid, token, 0)
         result = tl.load(bias + row[:, None] * CELLS + slot[None, :]).to(tl.float32) * LOG2_E
     return result
-
-
-@triton.jit
-def score(queries, keys, bias, scale, PRECISION: tl.constexpr):
-    """In base 2."""
-    return tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E) + bias
-
-
-@triton.jit
-def weigh(queries, keys, grads, values, bias, statistics, scale, PRECISION: tl.constexpr):
-    """Softmax weights of pairs, and their gradients; -inf in the bias gives a weight of 0."""
-    weights = tl.exp2(score(queries, keys, bias - statistics, scale, PRECISION))
-    return weights, multiply(grads, tl.trans(values), PRECISION)

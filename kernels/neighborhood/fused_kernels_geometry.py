@@ -4,14 +4,55 @@ A "group" is what a program sees of the map: the tokens of one image that lie `d
 lengths count inside it, along three axes.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Ends(NamedTuple):
+    """Of a group along the last axis: the first `lead` tiles and those from `tail` on have geometries of their own."""
+
+    lead: int
+    tail: int
+
+
+class Geometries(NamedTuple):
+    """Of the tiles of the last axis, in groups of the two lengths that dilation makes.
+
+    Between lead and tail geometries repeat every PERIOD tiles.
+
+    Attributes:
+        long, short: of groups of each length.
+        count: geometries of groups of the longer length; those of the shorter one follow them.
+    """
+
+    long: Ends
+    short: Ends
+    count: int
+
+
+class Plan(NamedTuple):
+    """The tiles of a map, with a number for each of three axes; tiles are counted for one group."""
+
+    size: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    tiles: tuple[int, int, int]
+    geometries: Geometries
+
+
+class Group(NamedTuple):
+    """The group of a program, in a kernel: its image, residue and length; the last two along three axes."""
+
+    image: Any
+    residue: tuple
+    length: tuple
+
+
 @triton.jit
 def program_tile(program, heads, plan, TILE: tl.constexpr):
-    """What a program owns: head, group (image, residues, lengths of its axes) and the first place of its tile."""
-    size, dilation, tiles, _ = plan
+    """What a program owns: head, group and the first place of its tile."""
+    size, dilation, tiles = plan.size, plan.dilation, plan.tiles
     head = program % heads
     rest = program // heads
     x = rest % tiles[2] * TILE[2]
@@ -29,7 +70,7 @@ def program_tile(program, heads, plan, TILE: tl.constexpr):
     length_y = (size[1] - residue_y + dilation[1] - 1) // dilation[1]
     length_x = (size[2] - residue_x + dilation[2] - 1) // dilation[2]
     residue = (residue_z, residue_y, residue_x)
-    return head, (rest // dilation[0], residue, (length_z, length_y, length_x)), (z, y, x)
+    return head, Group(rest // dilation[0], residue, (length_z, length_y, length_x)), (z, y, x)
 
 
 @triton.jit
@@ -46,11 +87,10 @@ def before(places, stop):
 
 @triton.jit
 def position_of(places, group, plan):
-    image, residue, _ = group
-    dilation = plan[1]
+    residue, dilation = group.residue, plan.dilation
     z = places[0] * dilation[0] + residue[0]
     y = places[1] * dilation[1] + residue[1]
-    return tl.cast(image, tl.int64), z, y, places[2] * dilation[2] + residue[2]
+    return tl.cast(group.image, tl.int64), z, y, places[2] * dilation[2] + residue[2]
 
 
 @triton.jit
@@ -65,7 +105,7 @@ def tile_of_tokens(first, group, plan, EXTENT: tl.constexpr, BLOCK: tl.constexpr
     Those that do not are taken for the last ones, so that they can be read and need no mask.
     """
     places = places_of(tl.arange(0, BLOCK), first, EXTENT)
-    return position_of(clamp(places, group[2]), group, plan), before(places, group[2])
+    return position_of(clamp(places, group.length), group, plan), before(places, group.length)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Kernels of window attention for windows that fit into one block of tokens; small windows share a block.
+"""Kernels of window attention for windows that fit into one block of tokens; small windows blocks_per_program a block.
 
 The bias, with the mask of padding and of torn windows, is made once as tiles of a block with itself. A program goes
 through windows that the shift tears in the same way, so it reads one tile and masks nothing.
@@ -7,8 +7,8 @@ through windows that the shift tears in the same way, so it reads one tile and m
 import triton
 import triton.language as tl
 
-from ..triton_common import load_map, load_maps, multiply, store_attention, store_map
-from .places import bias_of, locate, members, numbers, scores_of, tear, unravel
+from ..triton_common import load_map, load_maps, multiply, score, store_attention, store_map
+from .fused_kernels_geometry import bias_of, locate, members, numbers, tear, unravel
 
 
 @triton.jit
@@ -35,8 +35,7 @@ def bias_kernel(
     bias = bias_of(table, head, slot[:, None], slot[None, :], WINDOW, WINDOW[1], PACK)
     bias += tl.zeros([BLOCK, BLOCK], tl.float32)  # without a table it is the same for all queries
     if SHIFTED:
-        counts = plan[1]
-        window = (0, way // 2 * (counts[0] - 1), way % 2 * (counts[1] - 1))
+        window = (0, way // 2 * (plan.counts[0] - 1), way % 2 * (plan.counts[1] - 1))
         bias = tear(bias, slot, slot, window, plan, WINDOW, WINDOW[1], SHIFTED)
     tl.store(tiles + tl.program_id(0) * BLOCK * BLOCK + slot[:, None] * BLOCK + slot[None, :], bias)
 
@@ -51,28 +50,28 @@ def _load_bias(tiles, head, way, SHIFTED: tl.constexpr, PER_HEAD: tl.constexpr, 
 
 
 @triton.jit
-def _blocks_of_program(plan, heads, share, PACK: tl.constexpr, SHIFTED: tl.constexpr):
-    """What a program goes through: `share` blocks of windows that the shift tears in the same way.
+def _blocks_of_program(plan, heads, blocks_per_program, PACK: tl.constexpr, SHIFTED: tl.constexpr):
+    """What a program goes through: blocks of windows that the shift tears in the same way.
 
     Returns:
         head; the way; top, left, rows and columns of the rectangle of windows that are torn so; the first block of the
         program, numbered through the images, and the one behind its last.
     """
-    batch, counts, _, _, _, shift = plan
+    batch, counts, shift = plan.batch, plan.counts, plan.shift
     index, way, rows, columns = tl.program_id(0) // heads, 0, counts[0], counts[1]
     if SHIFTED:
         torn_rows, torn_columns = (shift[0] > 0).to(tl.int32), (shift[1] > 0).to(tl.int32)
         rows, columns = counts[0] - torn_rows, counts[1] - torn_columns
         for following in tl.static_range(1, 4):
-            programs = tl.cdiv(batch * rows * columns, share)
+            programs = tl.cdiv(batch * rows * columns, blocks_per_program)
             behind = index >= programs
             index = tl.where(behind, index - programs, index)
             way = tl.where(behind, following, way)
             rows = tl.where(behind, torn_rows if following // 2 else counts[0] - torn_rows, rows)
             columns = tl.where(behind, torn_columns if following % 2 else counts[1] - torn_columns, columns)
     rectangle = (way // 2 * (counts[0] - 1), way % 2 * (counts[1] - 1), rows, columns)
-    stop = tl.minimum((index + 1) * share, tl.cdiv(batch * rows * columns, PACK))
-    return tl.program_id(0) % heads, way, rectangle, index * share, stop
+    stop = tl.minimum((index + 1) * blocks_per_program, tl.cdiv(batch * rows * columns, PACK))
+    return tl.program_id(0) % heads, way, rectangle, index * blocks_per_program, stop
 
 
 @triton.jit
@@ -112,7 +111,7 @@ def forward_whole_kernel(
     output,
     logsumexp,
     plan,
-    share,
+    blocks_per_program,
     heads,
     scale,
     WINDOW: tl.constexpr,
@@ -126,7 +125,7 @@ def forward_whole_kernel(
 ):
     """Windows that fit into one block: one program has some blocks of windows, for one head."""
     plan = numbers(plan)
-    head, way, rectangle, first, stop = _blocks_of_program(plan, heads, share, PACK, SHIFTED)
+    head, way, rectangle, first, stop = _blocks_of_program(plan, heads, blocks_per_program, PACK, SHIFTED)
     slot = tl.arange(0, BLOCK)
     bias = _load_bias(tiles, head, way, SHIFTED, PER_HEAD, BLOCK)
     following = unravel(first, rectangle)
@@ -138,7 +137,7 @@ def forward_whole_kernel(
         if PACK > 1:
             lost = _lost(keys, values, bias)
             keys, values = _finite(keys), _finite(values)
-        scores = scores_of(queries, keys, bias, scale, PRECISION)
+        scores = score(queries, keys, bias, scale, PRECISION)
         largest = tl.max(scores, 1)
         weights = tl.exp2(scores - largest[:, None])
         total = tl.sum(weights, 1)
@@ -161,7 +160,7 @@ def backward_whole_kernel(
     grad_value,
     partial,
     plan,
-    share,
+    blocks_per_program,
     heads,
     scale,
     WINDOW: tl.constexpr,
@@ -178,7 +177,7 @@ def backward_whole_kernel(
     Slots without a token have zeros for query, key, value and gradient, and so add nothing to any sum.
     """
     plan = numbers(plan)
-    head, way, rectangle, first, stop = _blocks_of_program(plan, heads, share, PACK, SHIFTED)
+    head, way, rectangle, first, stop = _blocks_of_program(plan, heads, blocks_per_program, PACK, SHIFTED)
     slot = tl.arange(0, BLOCK)
     bias = _load_bias(tiles, head, way, SHIFTED, PER_HEAD, BLOCK)
     grad_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -191,34 +190,34 @@ def backward_whole_kernel(
         if PACK > 1:
             lost = _lost(keys, values, bias) + _lost(queries, grads, bias)
             queries, keys, values, grads = _finite(queries), _finite(keys), _finite(values), _finite(grads)
-        scores = scores_of(queries, keys, bias, scale, PRECISION)
+        scores = score(queries, keys, bias, scale, PRECISION)
         # the maximum and the sum apart: a logsumexp would carry over the rounding of large scores
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         weights = weights * (1.0 / tl.sum(weights, 1))[:, None]
         if grad_value is not None:
-            of_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
+            grad_values = multiply(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
             if PACK > 1:
-                of_values += lost[:, None]
-            store_map(grad_value, of_values, position, head, valid, HEAD_DIM, CHANNELS)
+                grad_values += lost[:, None]
+            store_map(grad_value, grad_values, position, head, valid, HEAD_DIM, CHANNELS)
         if grad_query is not None or grad_key is not None or partial is not None:
-            of_weights = multiply(grads, tl.trans(values), PRECISION)
-            products = weights * of_weights
-            of_scores = products - weights * tl.sum(products, 1)[:, None]
+            grad_weights = multiply(grads, tl.trans(values), PRECISION)
+            products = weights * grad_weights
+            grad_scores = products - weights * tl.sum(products, 1)[:, None]
             if partial is not None:
-                grad_bias += of_scores
+                grad_bias += grad_scores
                 if PACK > 1:
                     grad_bias += lost[:, None]
-            of_scores = of_scores.to(keys.dtype)
+            grad_scores = grad_scores.to(keys.dtype)
             if grad_query is not None:
-                of_queries = multiply(of_scores, keys, PRECISION) * scale
+                grad_queries = multiply(grad_scores, keys, PRECISION) * scale
                 if PACK > 1:
-                    of_queries += lost[:, None]
-                store_map(grad_query, of_queries, position, head, valid, HEAD_DIM, CHANNELS)
+                    grad_queries += lost[:, None]
+                store_map(grad_query, grad_queries, position, head, valid, HEAD_DIM, CHANNELS)
             if grad_key is not None:
-                of_keys = multiply(tl.trans(of_scores), queries, PRECISION) * scale
+                grad_keys = multiply(tl.trans(grad_scores), queries, PRECISION) * scale
                 if PACK > 1:
-                    of_keys += lost[:, None]
-                store_map(grad_key, of_keys, position, head, valid, HEAD_DIM, CHANNELS)
+                    grad_keys += lost[:, None]
+                store_map(grad_key, grad_keys, position, head, valid, HEAD_DIM, CHANNELS)
         following = _next(following, rectangle)
     if partial is not None:
         pair = tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + slot[:, None] * BLOCK + slot[None, :]

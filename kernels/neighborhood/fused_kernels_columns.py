@@ -11,53 +11,22 @@ columns, the two pairs of one thread lie next to each other in the table: a thre
 16 bytes at a time, and nothing changes threads through shared memory.
 """
 
-import math
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2_E, ceil_div
-from .tiles import axis_box, axis_sees, clamp, places_of, row_offset
-
-
-class Geometries(NamedTuple):
-    """Of the tiles of the last axis, in groups of the two lengths that dilation makes.
-
-    The first `lead` tiles of a group and those from `tail` on have geometries of their own; between them geometries
-    repeat every PERIOD tiles.
-
-    Attributes:
-        long, short: lead and tail of groups of each length.
-        count: geometries of groups of the longer length; those of the shorter one follow them.
-    """
-
-    long: tuple[int, int]
-    short: tuple[int, int]
-    count: int
-
-
-def geometries(size: int, dilation: int, kernel: int, stride: int, tile: int) -> tuple[Geometries, int, int]:
-    """The geometries of an axis, their PERIOD, and how many there are in all."""
-    period = stride // math.gcd(stride, tile)
-    tiles = ceil_div(ceil_div(size, dilation), tile)
-    ends = []
-    for length in (ceil_div(size, dilation), size // dilation):
-        lead, tail = ceil_div(kernel + stride, tile), max(0, (length - kernel - stride - tile) // tile + 1)
-        ends.append((lead, tail) if tail >= lead + period else (tiles, tiles))
-    counts = [tiles if lead == tiles else lead + period + tiles - tail for lead, tail in ends]
-    return Geometries(*ends, counts[0]), period, counts[0] + counts[1] * (size % dilation > 0)
+from ..triton_common import LOG2_E
+from .fused_kernels_geometry import axis_box, axis_sees, clamp, places_of, row_offset
 
 
 @triton.jit
 def geometry_of(first, group, plan, PERIOD: tl.constexpr):
     """Number of the geometry of a tile that begins at `first`, which counts tiles."""
-    _, dilation, _, known = plan
-    short = group[2][2] * dilation[2] < plan[0][2]
-    lead = tl.where(short, known[1][0], known[0][0])
-    tail = tl.where(short, known[1][1], known[0][1])
+    known = plan.geometries
+    short = group.length[2] * plan.dilation[2] < plan.size[2]
+    lead = tl.where(short, known.short.lead, known.long.lead)
+    tail = tl.where(short, known.short.tail, known.long.tail)
     number = tl.where(first < tail, lead + (first - lead) % PERIOD, lead + PERIOD + first - tail)
-    return tl.where(first < lead, first, number) + tl.where(short, known[2], 0)
+    return tl.where(first < lead, first, number) + tl.where(short, known.count, 0)
 
 
 @triton.jit
@@ -87,14 +56,14 @@ def column_table_kernel(
 ):
     """One program: a row of the column table, for one geometry and head."""
     ROWS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1)
-    size, dilation, _, known = plan
+    size, dilation, known = plan.size, plan.dilation, plan.geometries
     row = tl.program_id(0) % (ROWS + 1)
     number = tl.program_id(0) // (ROWS + 1) % total
     head = tl.program_id(0) // (ROWS + 1) // total
-    short = number >= known[2]
-    number -= tl.where(short, known[2], 0)
-    lead = tl.where(short, known[1][0], known[0][0])
-    tail = tl.where(short, known[1][1], known[0][1])
+    short = number >= known.count
+    number -= tl.where(short, known.count, 0)
+    lead = tl.where(short, known.short.lead, known.long.lead)
+    tail = tl.where(short, known.short.tail, known.long.tail)
     length = tl.where(short, size[2] // dilation[2], (size[2] + dilation[2] - 1) // dilation[2])
     first = tl.where(number < lead + PERIOD, number, tail + number - lead - PERIOD) * TILE[2]
     start, _ = axis_box(first, length, TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY)
@@ -102,11 +71,11 @@ def column_table_kernel(
     cell = _cell(tl.arange(0, TILE[2])[:, None], tl.arange(0, BOX[2])[None, :], BOX)
     for step in range(0, STEPS):
         other = start + step * BOX[2] + tl.arange(0, BOX[2])[None, :]
-        of_query, of_key = (other, own) if BY_KEY else (own, other)
-        visible = axis_sees(of_query, of_key, length, KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY) & (row < ROWS)
+        query_places, key_places = (other, own) if BY_KEY else (own, other)
+        visible = axis_sees(query_places, key_places, length, KERNEL[2], STRIDE[2], CAUSAL[2], BY_KEY) & (row < ROWS)
         bias = tl.where(visible, 0.0, float("-inf"))
         if table is not None:
-            entry = (head * ROWS + row) * (2 * KERNEL[2] - 1) + of_key - of_query + KERNEL[2] - 1
+            entry = (head * ROWS + row) * (2 * KERNEL[2] - 1) + key_places - query_places + KERNEL[2] - 1
             bias += tl.load(table + entry, mask=visible, other=0.0).to(tl.float32) * LOG2_E
         tl.store(columns + (tl.program_id(0) * STEPS + step).to(tl.int64) * (TILE[2] * BOX[2]) + cell, bias)
 
@@ -118,9 +87,9 @@ def _load_rows(
     TILE: tl.constexpr, BOX: tl.constexpr, STEPS: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """What the table has of slots `own` of the tile and `other` of the box, at `within` in the part of a place."""
-    of_tile, of_box = clamp(places_of(own, tile, TILE), length), places_of(other, box, BOX)
-    of_query, of_key = (of_box, of_tile) if BY_KEY else (of_tile, of_box)
-    row = row_offset(of_query, of_key, length, KERNEL, STRIDE, CAUSAL, RANK, BY_KEY)
+    tile_places, box_places = clamp(places_of(own, tile, TILE), length), places_of(other, box, BOX)
+    query_places, key_places = (box_places, tile_places) if BY_KEY else (tile_places, box_places)
+    row = row_offset(query_places, key_places, length, KERNEL, STRIDE, CAUSAL, RANK, BY_KEY)
     row = row * (STEPS * TILE[2] * BOX[2]) + own % TILE[2] * BOX[2]
     offset = row + within
     if len(offset.shape) > 2:
