@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ..kernels import gated_positional_attention, halo_attention, window_attention
 from .backbone import check_legacy_onnx
+from .blocks.gated import position_offsets
 from .blocks.halo import relative_logits
 from .blocks.padding import crop, pad_to_multiple
-from .convit import position_offsets
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..checkpoints import RELEASED, Layout, fetch, rename_keys
 from ..checkpoints.files import unwrap
 from ..checkpoints.fit import belongs_to, describe_misfit
 from ..timm_internals import FeatureGetterNet, feature_take_indices
-from .blocks.sizes import always
+from .blocks.tracing import always
 
 Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
 

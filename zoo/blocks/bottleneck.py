@@ -3,18 +3,18 @@
 from typing import Callable, Final, Optional, Tuple
 
 import torch
-from timm.layers import make_divisible, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers import make_divisible, register_notrace_function, trunc_normal_
 from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import attend_with_bias
+from .base import AttentionBase, attend_with_bias
 from .halo import RelativeTables
 from .padding import pad_by_edge
-from .sizes import always
+from .tracing import always
 
 
-class BottleneckAttention(nn.Module):
+class BottleneckAttention(AttentionBase):
     """Attention of a map (B, dim, H, W) of any size; parameters and numbers are those of timm's ``BottleneckAttn``.
 
     Args:
@@ -33,7 +33,7 @@ class BottleneckAttention(nn.Module):
         Srinivas et al., arXiv:2101.11605, section 3. The relative logits come from unscaled queries, as in timm.
     """
 
-    fused_attn: Final[bool]
+    input_fmt = "NCHW"
     pooled: Final[bool]
 
     def __init__(
@@ -48,21 +48,16 @@ class BottleneckAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
-        if dim_out % num_heads:
-            raise ValueError(f"dim_out={dim_out} is not a multiple of num_heads={num_heads}")
+        super().__init__(num_heads, dim_out=dim_out)
+        dd = {"device": device, "dtype": dtype}
         if stride not in (1, 2):
             raise ValueError(f"stride={stride} must be 1 or 2")
         if min(feat_size) < 1:
             raise ValueError(f"feat_size={tuple(feat_size)} must be at least 1 x 1; use a larger img_size")
         self.dim_out = dim_out
-        self.num_heads = num_heads
         self.head_dim = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.pooled = stride == 2
-        self.fused_attn = use_fused_attn()
-        self.attn_drop = nn.Identity()  # no dropout: what the weights pass through, where hooks can read them
         self.qkv = nn.Conv2d(dim, 2 * num_heads * self.head_dim + dim_out, 1, bias=False, **dd)
         self.pos_embed = RelativeTables(feat_size, self.head_dim, **dd)
         self.reset_parameters()
@@ -94,7 +89,7 @@ class BottleneckAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Attention output (B, heads, H * W, dim_out / heads)."""
-        if self.fused_attn:
+        if self.fused_attn and not self.drops_weights():
             return attend_with_bias(query, key, value, bias, self.head_dim**-0.5)
         scores = query @ key.transpose(2, 3) * self.head_dim**-0.5 + bias
         return self.attn_drop(scores.softmax(dim=-1)) @ value

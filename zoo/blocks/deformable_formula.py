@@ -1,14 +1,15 @@
 """Deformable convolution by its formula, for what torchvision's operator has not: a second derivative, forward mode and
 ``torch.func``."""
 
-from typing import Optional, Sequence
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
 
+@torch.jit.unused  # a scripted program holds torchvision's operator
 def deformable_convolution(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Optional[Tensor], stride: Sequence[int]
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Optional[Tensor], stride: Tuple[int, int]
 ) -> Tensor:
     """:func:`torchvision.ops.deform_conv2d` without padding, dilation, groups and mask.
 

@@ -3,14 +3,15 @@
 from typing import Final, Optional, Tuple
 
 import torch
-from timm.layers import make_divisible, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers import make_divisible, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import halo_attention
 from ...kernels.halo import aggregate, halo_attention_scores
-from .attention import becomes_program
+from ...kernels.scripted import halo_attention
+from .base import AttentionBase
 from .padding import crop, pad_by_edge, pad_to_multiple
+from .tracing import is_exporting
 
 # torch.fx takes each as one step, with the softmax between them.
 register_notrace_function(halo_attention_scores)
@@ -33,7 +34,7 @@ class RelativeTables(nn.Module):
         trunc_normal_(self.width_rel, std=std)
 
 
-class HaloAttention(nn.Module):
+class HaloAttention(AttentionBase):
     """Halo attention of a map (B, dim, H, W) of any size; parameters and numbers are those of timm's ``HaloAttn``.
 
     A map that blocks do not divide is padded with zeros at the bottom and right.
@@ -59,7 +60,7 @@ class HaloAttention(nn.Module):
         row and column are counted within its block of queries, as in timm.
     """
 
-    fused_attn: Final[bool]
+    input_fmt = "NCHW"
     mask_padding: Final[bool]
     pooled: Final[bool]
 
@@ -78,15 +79,12 @@ class HaloAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
-        if dim_out % num_heads:
-            raise ValueError(f"dim_out={dim_out} is not a multiple of num_heads={num_heads}")
+        super().__init__(num_heads, dim_out=dim_out)
+        dd = {"device": device, "dtype": dtype}
         if stride not in (1, 2):
             raise ValueError(f"stride={stride} must be 1 or 2")
         self.dim_out = dim_out
-        self.num_heads = num_heads
         self.head_dim = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.block_size = block_size
         self.halo_size = halo_size
@@ -99,8 +97,6 @@ class HaloAttention(nn.Module):
         dim_qk = num_heads * self.head_dim
         self.q = nn.Conv2d(dim, dim_qk, 1, stride=self.query_stride, bias=False, **dd)
         self.kv = nn.Conv2d(dim, dim_qk + dim_out, 1, bias=False, **dd)
-        self.fused_attn = use_fused_attn()
-        self.attn_drop = nn.Identity()  # no dropout: what the weights pass through, where hooks can read them
         self.pos_embed = RelativeTables((self.window_size, self.window_size), self.head_dim, **dd)
         self.reset_parameters()
 
@@ -121,7 +117,7 @@ class HaloAttention(nn.Module):
         if self.mask_padding:
             rows = rows + self.mask(query.shape[1], height, rows)[:, None, None, :]
             columns = columns + self.mask(query.shape[2], width, columns)[:, None, :]
-        if self.fused_attn or becomes_program():
+        if self.is_fused():
             x = self.attend(query, key, value, rows, columns).flatten(3)
         else:
             x = self.attend_by_weights(query, key, value, rows, columns).flatten(3)
@@ -136,19 +132,7 @@ class HaloAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Attention output (B, H, W, heads, dim_out / heads)."""
-        if torch.jit.is_scripting():
-            return torch.ops.vicinal.halo_attention(
-                query, key, value, self.block_size, self.halo_size, rows, columns, False, None
-            )[0]
-        return halo_attention(
-            query,
-            key,
-            value,
-            self.block_size,
-            self.halo_size,
-            relative_height_logits=rows,
-            relative_width_logits=columns,
-        )
+        return halo_attention(query, key, value, self.block_size, self.halo_size, rows, columns)
 
     @torch.jit.unused
     def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -170,10 +154,7 @@ def relative_logits(
     """
     rows = height_rel[_offsets(query.shape[1], query_block, window_size, query)]  # (H, window, head_dim)
     columns = width_rel[_offsets(query.shape[2], query_block, window_size, query)]
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:
+    if is_exporting():
         # slower, with heads before the free axis: torch.export can split a constant off a product, not a symbol
         rows = torch.einsum("byxhd,ykd->byhxk", query, rows).transpose(2, 3).contiguous()
         columns = torch.einsum("byxhd,xkd->bxhyk", query, columns).permute(0, 3, 1, 2, 4).contiguous()

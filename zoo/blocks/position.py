@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pooling import cell_bounds, pooled_size
-from .sizes import always, is_compiling
+from .tracing import always, is_compiling
 
 
 class ConvPositionEncoding(nn.Module):
