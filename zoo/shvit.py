@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..checkpoints.keys.shvit import LAYOUTS
 from ..checkpoints.released.shvit import RELEASED
 from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .blocks.base import aggregate_all
 from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["SHViT", "checkpoint_filter_fn"]
@@ -92,8 +93,11 @@ class PlainAttention(nn.Module):
         self.attn_drop = nn.Identity()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        weights = (query @ key.transpose(1, 2)).softmax(dim=2)
-        return self.attn_drop(weights) @ value
+        return self.attn_drop(self.weights(query, key)) @ value
+
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Softmax weights (B, tokens, tokens)."""
+        return (query @ key.transpose(1, 2)).softmax(dim=2)
 
 
 class SingleHeadAttention(nn.Module):
@@ -111,6 +115,8 @@ class SingleHeadAttention(nn.Module):
         arXiv:2401.16456, section 3.2.
     """
 
+    input_fmt = "NCHW"
+
     def __init__(self, dim: int, partial_dim: int, key_dim: int = 16, **dd) -> None:
         super().__init__()
         self.splits = [partial_dim, dim - partial_dim]
@@ -123,11 +129,31 @@ class SingleHeadAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         attending, rest = x.split(self.splits, dim=1)
-        size = [x.shape[2], x.shape[3]]
+        query, key, value = self.project(attending)
+        attended = self.attn(query, key, value).transpose(1, 2).unflatten(2, [x.shape[2], x.shape[3]])
+        return self.proj(torch.cat([attended, rest], dim=1))
+
+    def project(self, attending: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, keys and values (B, H * W, channels) of the channels that attend."""
         tokens = self.qkv(self.pre_norm(attending)).flatten(2).transpose(1, 2)
         query, key, value = tokens.split(self.qkv_splits, dim=2)
-        attended = self.attn(query * self.scale, key, value).transpose(1, 2).unflatten(2, size)
-        return self.proj(torch.cat([attended, rest], dim=1))
+        return query * self.scale, key, value
+
+    @torch.jit.ignore
+    def pad(self, x: Tensor) -> Tensor:
+        """See :class:`vicinal.zoo.blocks.AttentionModule`: the map as it is."""
+        return x
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, 1, H * W) of the queries of a map (B, dim, H, W)."""
+        query, key, _ = self.project(x[:, : self.splits[0]])
+        return self.attn.weights(query, key).unflatten(1, x.shape[2:])[:, :, :, None]
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values (B, H, W, 1, channels) by weights, of the shape of ``value``."""
+        return aggregate_all(weights, value)
 
 
 class FeedForward(nn.Sequential):

@@ -281,7 +281,7 @@ def test_every_fact(golden: Golden):
 
 def assert_configuration(golden: Golden) -> None:
     """Of timm's byoanet: our network is built from the same configuration."""
-    cfg = halonet.VARIANTS[golden.variant].model_args["cfg"]
+    cfg = halonet.VARIANTS[golden.name].model_args["cfg"]
     facts = golden.data["facts"]
     unread = set(facts) - set(asdict(cfg)) - set(COMMON) - ELSEWHERE
     assert not unread

@@ -8,10 +8,10 @@ from timm.layers import LayerNorm, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.aggregated import aggregate, aggregated_attention_scores
+from ...kernels.aggregated import aggregate, aggregated_attention_scores, aggregated_attention_weights
 from ...kernels.scripted import aggregated_attention
 from .activation import gelu
-from .base import AttentionBase, attend_with_bias
+from .base import AttentionBase, aggregate_all, attend_with_bias
 from .pooling import pool_average, pooled_size
 from .position import ContinuousPositionBias
 from .tracing import always
@@ -34,6 +34,9 @@ class LengthScaledAttention(AttentionBase):
 
     Shape:
         (B, H, W, dim) to the same, at any height and width.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``num_heads``.
 
     Source:
         arXiv:2311.17132, sections 3.2 (query embedding) and 3.3 (length-scaled cosine attention).
@@ -74,7 +77,13 @@ class LengthScaledAttention(AttentionBase):
 
 
 class CosineAttention(LengthScaledAttention):
-    """Every token attends to every token."""
+    """Every token attends to every token.
+
+    Arguments and shapes are :class:`LengthScaledAttention`'s; the position bias is one with ``reduction`` 1.
+
+    Source:
+        arXiv:2311.17132, section 3.3.
+    """
 
     def __init__(self, dim: int, num_heads: int, position_bias: ContinuousPositionBias, **kwargs) -> None:
         super().__init__(dim, num_heads, position_bias, **kwargs)
@@ -83,10 +92,7 @@ class CosineAttention(LengthScaledAttention):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).unbind(3)
-        query = self.scale_query(query, inverse_norm(query), log_keys(x, 0, 1))
-        bias = self.position_bias(x).to(query.dtype)[None]
-        query, key, value = [t.flatten(1, 2).transpose(1, 2) for t in (query, F.normalize(key, dim=-1), value)]
+        query, key, value, bias = self.project(x)
         if self.is_fused():
             attended = attend_with_bias(query, key, value, bias, 1.0)
         else:
@@ -95,13 +101,37 @@ class CosineAttention(LengthScaledAttention):
         attended = attended.transpose(1, 2).unflatten(1, [x.shape[1], x.shape[2]])
         return self.proj_drop(self.proj(attended.flatten(3)))
 
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scaled queries, normalised keys and values (B, heads, tokens, head_dim), and the bias of the scores."""
+        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).unbind(3)
+        query = self.scale_query(query, inverse_norm(query), log_keys(x, 0, 1))
+        bias = self.position_bias(x).to(query.dtype)[None]
+        query, key, value = [t.flatten(1, 2).transpose(1, 2) for t in (query, F.normalize(key, dim=-1), value)]
+        return query, key, value, bias
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, H * W) of the queries of a map (B, H, W, dim)."""
+        query, key, _, bias = self.project(x)
+        weights = (query @ key.transpose(-2, -1) + bias).softmax(dim=-1)
+        return weights.transpose(1, 2).unflatten(1, x.shape[1:3])
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values (B, H, W, heads, channels) by weights, of the shape of ``value``."""
+        return aggregate_all(weights, value)
+
 
 class AggregatedAttention(LengthScaledAttention):
     """Every token attends to its 3 x 3 neighbours and to all cells of a pooled map, in one softmax.
 
     Args:
-        reduction: side of a pooled cell.
+        reduction: side of a pooled cell, also that of ``position_bias``.
         args, kwargs: see :class:`LengthScaledAttention`.
+
+    Shape:
+        (B, H, W, dim) to the same, at any height and width. There are (H // reduction) x (W // reduction) cells, one at
+        least.
 
     Source:
         arXiv:2311.17132, sections 3.1 (pixel-focused attention) and 3.2 (learnable tokens beside the softmax).
@@ -187,6 +217,24 @@ class AggregatedAttention(LengthScaledAttention):
         bias = self.relative_position_bias
         scores = aggregated_attention_scores(query, key, pooled_key, self.window_size, bias, pooled_bias)
         return aggregate(self.attn_drop(scores.softmax(dim=-1)), value, pooled_value, self.window_size, value_weights)
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, neighbours + cells) of the queries of a map (B, H, W, dim).
+
+        The learnable tokens, which are added to the weights of the neighbours behind the softmax, have no part in it.
+        """
+        query = self.q(x).unflatten(-1, [self.num_heads, -1])
+        query = self.scale_query(query, inverse_norm(query), log_keys(x, self.window_size, self.reduction))
+        key, pooled_key = self.keys_and_values(x)[0], self.keys_and_values(self.pool(x))[0]
+        bias, pooled_bias = self.relative_position_bias, self.position_bias(x)
+        return aggregated_attention_weights(query, key, pooled_key, self.window_size, bias, pooled_bias)
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values (B, H, W, heads, channels) and of their averages in the cells, of the shape of ``value``."""
+        pooled = pool_average(value.flatten(3), self.reduction).unflatten(3, value.shape[3:])
+        return aggregate(weights, value, pooled, self.window_size)
 
 
 def inverse_norm(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import AttentionBase, attend_with_bias
+from .base import AttentionBase, aggregate_all, attend_with_bias
 from .halo import RelativeTables
 from .padding import pad_by_edge
 from .tracing import always
@@ -67,12 +67,16 @@ class BottleneckAttention(AttentionBase):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2], x.shape[3]
-        width_qk = self.num_heads * self.head_dim
-        query, key, value = self.qkv(x).flatten(2).split([width_qk, width_qk, self.dim_out], dim=1)
-        query, key, value = self.to_heads(query), self.to_heads(key), self.to_heads(value)
+        query, key, value = self.project(x)
         x = self.attend(query, key, value, self.relative_logits(query, height, width))
         x = x.transpose(2, 3).flatten(1, 2).unflatten(2, [height, width])
         return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
+
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, H * W, channels of a head)."""
+        width_qk = self.num_heads * self.head_dim
+        query, key, value = self.qkv(x).flatten(2).split([width_qk, width_qk, self.dim_out], dim=1)
+        return self.to_heads(query), self.to_heads(key), self.to_heads(value)
 
     def to_heads(self, x: Tensor) -> Tensor:
         """(B, channels, tokens) to (B, heads, tokens, channels of a head)."""
@@ -91,8 +95,23 @@ class BottleneckAttention(AttentionBase):
         """Attention output (B, heads, H * W, dim_out / heads)."""
         if self.fused_attn and not self.drops_weights():
             return attend_with_bias(query, key, value, bias, self.head_dim**-0.5)
-        scores = query @ key.transpose(2, 3) * self.head_dim**-0.5 + bias
-        return self.attn_drop(scores.softmax(dim=-1)) @ value
+        return self.attn_drop(self.weights(query, key, bias)) @ value
+
+    def weights(self, query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+        """Softmax weights (B, heads, H * W, H * W)."""
+        return (query @ key.transpose(2, 3) * self.head_dim**-0.5 + bias).softmax(dim=-1)
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, H * W) of the queries of a map (B, dim, H, W), before any pooling."""
+        query, key, _ = self.project(x)
+        weights = self.weights(query, key, self.relative_logits(query, x.shape[2], x.shape[3]))
+        return weights.transpose(1, 2).unflatten(1, x.shape[2:])
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values (B, H, W, heads, channels) by weights, of the shape of ``value``."""
+        return aggregate_all(weights, value)
 
 
 class LambdaAttention(LambdaLayer):

@@ -106,6 +106,17 @@ class HaloAttention(AttentionBase):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2], x.shape[3]
+        query, key, value, rows, columns = self.project(x)
+        if self.is_fused():
+            x = self.attend(query, key, value, rows, columns).flatten(3)
+        else:
+            x = self.attend_by_weights(query, key, value, rows, columns).flatten(3)
+        x = self.crop_queries(x, height, width).permute(0, 3, 1, 2)
+        return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
+
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, W, heads, channels) of the padded map, and the relative logits per axis."""
+        height, width = x.shape[2], x.shape[3]
         # the permuted view has channels-last strides, in which the heads lie as the operator takes them
         x = pad_to_multiple(x.permute(0, 2, 3, 1), [self.block_size, self.block_size]).permute(0, 3, 1, 2)
         query = self.q(x).permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, self.head_dim])
@@ -117,14 +128,13 @@ class HaloAttention(AttentionBase):
         if self.mask_padding:
             rows = rows + self.mask(query.shape[1], height, rows)[:, None, None, :]
             columns = columns + self.mask(query.shape[2], width, columns)[:, None, :]
-        if self.is_fused():
-            x = self.attend(query, key, value, rows, columns).flatten(3)
-        else:
-            x = self.attend_by_weights(query, key, value, rows, columns).flatten(3)
+        return query, key, value, rows, columns
+
+    def crop_queries(self, x: Tensor, height: int, width: int) -> Tensor:
+        """What is (B, H', W', ...) for the queries of the padded map, for those of a map of this height and width."""
         step = self.query_stride
         # in the form of a strided convolution's output, which torch.export knows to be equal to the shortcut's
-        x = crop(x, (height - 1) // step + 1, (width - 1) // step + 1).permute(0, 3, 1, 2)
-        return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
+        return crop(x, (height - 1) // step + 1, (width - 1) // step + 1)
 
     def mask(self, queries: int, size: int, like: Tensor) -> Tensor:
         """0 for cells inside the map and -inf outside, (queries of the axis, window)."""
@@ -139,6 +149,28 @@ class HaloAttention(AttentionBase):
         """The same, with the weights (B, H, W, heads, keys) passing through ``attn_drop``."""
         weights = halo_attention_scores(query, key, self.block_size, self.halo_size, rows, columns).softmax(dim=-1)
         return aggregate(self.attn_drop(weights), value, self.block_size, self.halo_size)
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H', W', heads, window ** 2) of the queries of a map (B, dim, H, W), padding cropped.
+
+        Without ``mask_padding`` cells outside the map have weights too.
+        """
+        query, key, _, rows, columns = self.project(x)
+        weights = halo_attention_scores(query, key, self.block_size, self.halo_size, rows, columns).softmax(dim=-1)
+        return self.crop_queries(weights, x.shape[2], x.shape[3])
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of the values (B, H, W, heads, channels) of a map by weights, (B, H', W', heads, channels)."""
+        height, width = value.shape[1:3]
+        weights, value = pad_heads(weights, self.query_block), pad_heads(value, self.block_size)
+        return self.crop_queries(aggregate(weights, value, self.block_size, self.halo_size), height, width)
+
+
+def pad_heads(x: Tensor, multiple: int) -> Tensor:
+    """Pad (B, H, W, heads, channels) with zeros so that its height and width are multiples of ``multiple``."""
+    return pad_to_multiple(x.flatten(3), [multiple, multiple]).unflatten(3, x.shape[3:])
 
 
 def relative_logits(

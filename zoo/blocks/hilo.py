@@ -1,10 +1,12 @@
 """HiLo attention as a module: some heads attend inside windows, the others to averages over the windows."""
 
+from typing import Tuple
+
 import torch
 from torch import Tensor, nn
 
 from .attention import WindowAttention
-from .base import AttentionBase, attend_with_bias, check_heads
+from .base import AttentionBase, aggregate_all, attend_with_bias, check_heads
 from .padding import crop, pad_to_multiple
 
 
@@ -81,20 +83,39 @@ class LowFrequencyAttention(AttentionBase):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = [x.shape[1], x.shape[2]]
+        query, key, value = self.project(x)
+        x = self.attend(query, key, value).transpose(1, 2).flatten(2).unflatten(1, [x.shape[1], x.shape[2]])
+        return self.proj_drop(self.proj(x))
+
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, H * W, head_dim), and keys and values (B, heads, windows, head_dim)."""
         query = self.q(x.flatten(1, 2)).unflatten(-1, [self.num_heads, -1]).transpose(1, 2)
         pooled = self.pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         packed = self.kv(pooled).unflatten(-1, [2, self.num_heads, -1])  # (B, windows, 2, heads, head_dim)
         key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.attend(query, key, value).transpose(1, 2).flatten(2).unflatten(1, size)
-        return self.proj_drop(self.proj(x))
+        return query, key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of (B, heads, positions, head_dim) to (B, heads, windows, head_dim)."""
         if self.fused_attn and not self.drops_weights():
             return attend_with_bias(query, key, value, None, self.scale)
-        weights = self.attn(query * self.scale @ key.transpose(-2, -1))
-        return self.attn_drop(weights) @ value
+        return self.attn_drop(self.weights(query, key)) @ value
+
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Softmax weights (B, heads, positions, windows)."""
+        return self.attn(query * self.scale @ key.transpose(-2, -1))
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, windows) of the queries of a map (B, H, W, dim)."""
+        query, key, _ = self.project(x)
+        return self.weights(query, key).transpose(1, 2).unflatten(1, x.shape[1:3])
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of the averages over windows of values (B, H, W, heads, channels), of the shape of ``value``."""
+        pooled = self.pool(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(3, value.shape[3:])
+        return aggregate_all(weights, pooled)
 
 
 class HiLoAttention(nn.Module):
