@@ -29,6 +29,9 @@ class BottleneckAttention(AttentionBase):
     Shape:
         (B, dim, H, W) to (B, dim_out, ceil(H / stride), ceil(W / stride)).
 
+    Raises:
+        ValueError: ``dim_out`` is not a multiple of ``num_heads``; ``stride`` or ``feat_size`` is none of the above.
+
     Source:
         Srinivas et al., arXiv:2101.11605, section 3. The relative logits come from unscaled queries, as in timm.
     """
@@ -115,7 +118,16 @@ class BottleneckAttention(AttentionBase):
 
 
 class LambdaAttention(LambdaLayer):
-    """timm's lambda layer; arguments are :class:`timm.layers.LambdaLayer`'s."""
+    """timm's lambda layer, whose gradients are numbers in bfloat16 too.
+
+    Arguments are :class:`timm.layers.LambdaLayer`'s.
+
+    Shape:
+        (B, dim, H, W) to (B, dim_out, H // stride, W // stride): any size with ``r``, else that of ``feat_size``.
+
+    Source:
+        Bello, arXiv:2102.08602, section 3.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -13,7 +13,10 @@ class ChannelAttention(nn.Module):
         num_heads: number of channel groups.
 
     Shape:
-        (B, H, W, dim) to the same.
+        (B, H, W, dim) to the same, at any height and width.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``num_heads``.
 
     Source:
         arXiv:2204.03645, section 3.2. The weights are softmax(k^T v) and act on the queries, scaled by the group's

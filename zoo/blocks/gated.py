@@ -37,6 +37,9 @@ class GatedPositionalAttention(AttentionBase):
     Shape:
         (B, H, W, dim) to the same, at any height and width.
 
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``num_heads``.
+
     Source:
         arXiv:2103.10697, section 3.
     """

@@ -55,6 +55,9 @@ class HaloAttention(AttentionBase):
     Shape:
         (B, dim, H, W) to (B, dim_out, ceil(H / stride), ceil(W / stride)).
 
+    Raises:
+        ValueError: ``dim_out`` is not a multiple of ``num_heads``; ``stride`` is neither 1 nor 2.
+
     Source:
         Vaswani et al., arXiv:2103.12731, section 2.2. The relative logits come from unscaled queries, and a query's
         row and column are counted within its block of queries, as in timm.

@@ -133,7 +133,10 @@ class HiLoAttention(nn.Module):
         proj_drop: dropout after the output projections.
 
     Shape:
-        (B, H, W, dim) to the same: high-frequency heads first.
+        (B, H, W, dim) to the same, at any height and width: high-frequency heads first.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``num_heads``; ``alpha`` is no share.
 
     Source:
         arXiv:2205.13213, section 3.

@@ -118,6 +118,10 @@ class ProjectedRoutedAttention(RoutedAttention):
     """The refactored form: regions of ``size // grid`` tokens, and queries, keys and values that are padded with zeros.
 
     A map that the grid does not divide has more regions than the grid; padding does not count in their averages.
+    Arguments and shapes are :class:`RoutedAttention`'s.
+
+    Source:
+        The implementation by channels-first maps in the official repository, rayleizhu/BiFormer.
     """
 
     def pad(self, x: Tensor) -> Tensor:
