@@ -1,14 +1,14 @@
 import pytest
 import timm
 import torch
-from timm.models import model_entrypoint
 from torch import nn
 
 import vicinal.zoo  # noqa: F401
 from vicinal.eval.attend import record_attention
 from vicinal.zoo.blocks import AttentionModule, HaloAttention
+from vicinal.zoo.names import variants
 
-PICOS = [name for name in timm.list_models("*pico*") if model_entrypoint(name).__module__.startswith("vicinal.zoo.")]
+PICOS = variants("*_pico*")
 
 
 def run(model, images):

@@ -7,14 +7,13 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
-from timm.models import model_entrypoint
 from timm.models._features import FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 
-import vicinal.zoo  # noqa: F401
 from vicinal.zoo.blocks import AttentionModule, RoutedAttention
+from vicinal.zoo.names import variants
 
-NAMES = [name for name in timm.list_models("*pico*") if model_entrypoint(name).__module__.startswith("vicinal.")]
+NAMES = variants("*_pico*")
 SMALLEST = [
     "nat_mini",
     "dinat_mini",
