@@ -1,6 +1,7 @@
 """The models as graphs: torch.compile, torch.export and ONNX keep the numbers, at sizes other than the traced one."""
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -13,7 +14,7 @@ from torch.export import Dim
 from vicinal.zoo.names import variants
 
 # One of each family and layout, debug-sized. vitrpb is cut to two blocks.
-MODELS = dict.fromkeys(variants("*_pico*"), {}) | {
+MODELS: dict[str, dict[str, Any]] = {name: {} for name in variants("*_pico*")} | {
     "dinat_s_tiny": {"embed_dim": 32, "depths": (1, 2), "num_heads": (1, 2), "dilations": (1, 2), "kernel_size": 3},
     "vitrpb_small": {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64},
 }
