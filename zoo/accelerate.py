@@ -7,7 +7,7 @@ modules into these classes in place, so that parameters, buffers, names, hooks a
 import re
 from dataclasses import dataclass
 from math import isqrt
-from typing import Callable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, cast
 
 import torch
 from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp, register_notrace_function, register_notrace_module
@@ -57,11 +57,11 @@ def accelerate(model: nn.Module) -> Acceleration:
     _survey(model, "", known, left)
     if not known:
         raise ValueError(_refusal(model, left))
-    changed = {}
+    changed: dict[str, str] = {}
     for name, module in known.items():
-        if type(module) in REPLACEMENTS:
-            module.__class__ = REPLACEMENTS[type(module)]
-            changed[name] = module.operator
+        if (kind := type(module)) in REPLACEMENTS:
+            module.__class__ = cast(type[nn.Module], REPLACEMENTS[kind])
+            changed[name] = REPLACEMENTS[kind].operator
     return Acceleration(changed, left)
 
 
@@ -100,6 +100,11 @@ class Accelerated:
 
     operator: str
     legacy_onnx: str = "one size"
+
+    @staticmethod
+    def accepts(module: Any) -> bool:
+        """Whether the class can take the place of this module's."""
+        raise NotImplementedError
 
     def check_export(self) -> None:
         """Refuse what ONNX's TorchScript-based exporter would write wrongly of the operator."""
@@ -203,7 +208,7 @@ class Attention2d(Accelerated, maxxvit.Attention2d):
         self.check_export()
         if _drops_weights(self) or shared_rel_pos is not None:
             return super().forward(x, shared_rel_pos)
-        window = tuple(self.rel_pos.window_size)
+        window = tuple(cast(RelPosBias, self.rel_pos).window_size)
         torch._assert(x.shape[2] == window[0], "the height of the map must be that of the relative positions")
         torch._assert(x.shape[3] == window[1], "the width of the map must be that of the relative positions")
         return _attend_partition_2d(self, x, window, "block")
@@ -295,7 +300,7 @@ class HaloAttention(Accelerated, HaloAttn):
         return self.pool(x.flatten(3).permute(0, 3, 1, 2))
 
 
-REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+REPLACEMENTS: dict[type[nn.Module], type[Accelerated]] = {
     swin_transformer.SwinTransformerBlock: SwinTransformerBlock,
     maxxvit.PartitionAttentionCl: PartitionAttentionCl,
     maxxvit.PartitionAttention2d: PartitionAttention2d,
@@ -308,7 +313,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 """Our class for each of timm's."""
 
 
-def _drops_weights(attn: nn.Module) -> bool:
+def _drops_weights(attn: Any) -> bool:
     return attn.training and attn.attn_drop.p > 0.0
 
 
@@ -380,7 +385,7 @@ def _flat_table(rel_pos: RelPosBias) -> Tensor:
     return _reversed_table(table.t().unflatten(1, _table_size(rel_pos.window_size)))
 
 
-_TABLES: dict[type[nn.Module], Callable[[nn.Module], Tensor]] = {
+_TABLES: dict[type[nn.Module], Callable[[Any], Tensor]] = {
     RelPosBias: _flat_table,
     RelPosBiasTf: lambda rel_pos: rel_pos.relative_position_bias_table,
     RelPosMlp: _mlp_table,

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Optional, Union
 
-from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates
+from timm.layers import ClassifierHead, ConvNormAct
 from torch import nn
 
 from ..checkpoints.keys.biformer import LAYOUTS
 from ..checkpoints.released.biformer import RELEASED
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.attention import GlobalAttention, PackedAttention
 from .blocks.embed import ChannelsLastBatchNorm, ConvEmbed
 from .blocks.routed import ProjectedRoutedAttention, RoutedAttention
@@ -66,10 +66,10 @@ class BiFormer(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.swin_layout = swin_layout
         check_per_stage(embed_dims=embed_dims, depths=depths, topks=topks)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         routed = ProjectedRoutedAttention if pad_projected else RoutedAttention
 
         def attention(stage: int) -> PackedAttention:

@@ -4,13 +4,14 @@ Paper: ConViT: Improving Vision Transformers with Soft Convolutional Inductive B
 of the blocks are named as in the official code, facebookresearch/convit, and in timm's ``convit``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, List, Optional, Union
+from typing import Any, List, Optional, Union, cast
 
 import torch
 from timm.layers import (
+    ClassifierHead,
     LayerNorm,
     calculate_drop_path_rates,
     global_pool_nlc,
@@ -47,7 +48,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, img_size: Union[int, Sequence[int]], device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size: List[int] = [PATCH, PATCH]
         self.conv = nn.Conv2d(in_chans, dim, PATCH, PATCH, **dd)
         self.pos_embed = nn.Parameter(torch.empty(1, *grid_of(img_size), dim, **dd))
@@ -176,14 +177,16 @@ class ConViT(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not 0 <= local_depth < depth:
             raise ValueError(f"local_depth={local_depth} must be at least 0 and less than depth={depth}")
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
         self.local_depth = local_depth
-        dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        dropout: dict[str, Any] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         local = partial(GatedPositionalAttention, locality_strength=locality_strength)
-        block = partial(TransformerBlock, embed_dim, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, norm_eps=1e-6, **dd)
+        block: Callable[..., nn.Module] = partial(
+            TransformerBlock, embed_dim, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, norm_eps=1e-6, **dd
+        )
         stages = [
             Stage(
                 [
@@ -200,7 +203,7 @@ class ConViT(Backbone):
             stem=PatchEmbed(in_chans, embed_dim, img_size, **dd),
             stages=stages,
             norm=LayerNorm(embed_dim, eps=1e-6, **dd),
-            head=TokenClassifierHead(embed_dim, num_classes, global_pool, drop_rate, **dd),
+            head=cast(ClassifierHead, TokenClassifierHead(embed_dim, num_classes, global_pool, drop_rate, **dd)),
             widths=[embed_dim] * depth,
             reductions=[PATCH] * depth,
             in_chans=in_chans,
@@ -237,7 +240,7 @@ class ConViT(Backbone):
         embedding = state_dict.get("stem.pos_embed")
         if embedding is not None:
             embedding = self._unflatten_embedding(embedding)
-            resized = resize_embedding(embedding.float(), list(self.stem.pos_embed.shape[1:3]))
+            resized = resize_embedding(embedding.float(), list(cast(PatchEmbed, self.stem).pos_embed.shape[1:3]))
             state_dict["stem.pos_embed"] = resized.to(embedding.dtype)
         return state_dict
 
@@ -246,7 +249,7 @@ class ConViT(Backbone):
         img_size = getattr(self, "pretrained_model_args", {}).get("img_size")
         if embedding.ndim == 3 and img_size is not None and prod(grid_of(img_size)) == embedding.shape[1]:
             return embedding.unflatten(1, grid_of(img_size))
-        height, width = self.stem.pos_embed.shape[1:3]
+        height, width = cast(PatchEmbed, self.stem).pos_embed.shape[1:3]
         embedding = unflatten_tokens(embedding, (height, width))
         if embedding.ndim == 3:
             raise ValueError(

@@ -4,15 +4,16 @@ Paper: DaViT: Dual Attention Vision Transformers (arXiv:2204.03645). Official co
 named as in timm's ``davit``, whose checkpoints load unchanged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
-from timm.layers import ClNormMlpClassifierHead, LayerNorm, calculate_drop_path_rates
+from timm.layers import ClNormMlpClassifierHead, LayerNorm
 from torch import nn
 
 from ..checkpoints.keys.davit import LAYOUTS
 from ..checkpoints.released.davit import RELEASED
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.attention import WindowAttention
 from .blocks.channel import ChannelAttention
 from .blocks.embed import ConvEmbed
@@ -56,10 +57,10 @@ class DaViT(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
         # the official rates run over single blocks, two a pair
-        drop_paths = calculate_drop_path_rates(drop_path_rate, [2 * depth for depth in depths], stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, [2 * depth for depth in depths])
 
         def pair(stage: int, index: int) -> nn.Sequential:
             dim, heads = embed_dims[stage], num_heads[stage]
@@ -73,7 +74,7 @@ class DaViT(Backbone):
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            block = partial(
+            block: Callable[..., nn.Module] = partial(
                 TransformerBlock, dim, mlp_ratio=mlp_ratio, position_encodings=2, proj_drop=proj_drop_rate, **dd
             )
             channel = ChannelAttention(dim, heads, **dd)

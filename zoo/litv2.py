@@ -4,17 +4,17 @@ Paper: Fast Vision Transformers with HiLo Attention (arXiv:2205.13213); deformab
 Less Attention in Vision Transformers (arXiv:2105.14217). Official code: ziplab/LITv2 (Apache-2.0).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
-from timm.layers import ClassifierHead, DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_function
+from timm.layers import ClassifierHead, DropPath, LayerNorm, register_notrace_function
 from torch import Tensor, nn
 
 from ..checkpoints.keys.litv2 import LAYOUTS
 from ..checkpoints.released.litv2 import RELEASED
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.activation import GELU
 from .blocks.deformable import deform_conv2d
 from .blocks.deformable_formula import deformable_convolution
@@ -60,7 +60,8 @@ class OffsetConv(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class DeformableConv(nn.Module):
@@ -71,7 +72,7 @@ class DeformableConv(nn.Module):
 
     def __init__(self, in_chans: int, out_chans: int, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_chans, in_chans, 2, 2, **dd))
         self.bias = nn.Parameter(torch.empty(out_chans, **dd))
         self.reset_parameters()
@@ -159,11 +160,13 @@ class LITv2(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_per_stage(depths=depths, num_heads=num_heads, window_sizes=window_sizes)
         widths = [embed_dim * 2**stage for stage in range(len(depths))]
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        hilo = partial(HiLoAttention, alpha=alpha, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
+        hilo: Callable[..., nn.Module] = partial(
+            HiLoAttention, alpha=alpha, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd
+        )
 
         def block(stage: int, index: int) -> LITBlock:
             dim, window_size = widths[stage], window_sizes[stage]

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, Optional
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm
 from torch import nn
 
 from ..checkpoints.keys.transnext import LAYOUTS
 from ..checkpoints.released.transnext import RELEASED
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.aggregated import AggregatedAttention, CosineAttention, LengthScaledAttention
 from .blocks.embed import ConvEmbed
 from .blocks.mlp import ConvGluMlp
@@ -69,13 +69,13 @@ class TransNeXt(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_per_stage(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, reductions=reductions
         )
         if position_bias not in POSITION_BIASES:
             raise ValueError(f"position_bias={position_bias!r} must be one of {', '.join(POSITION_BIASES)}")
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         strides = [4 * 2**stage for stage in range(len(depths))]
 
         def attention(stage: int) -> LengthScaledAttention:
@@ -120,7 +120,8 @@ class TransNeXt(Backbone):
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

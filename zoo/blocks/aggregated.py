@@ -1,7 +1,7 @@
 """TransNeXt's attention as modules: of neighbours and a pooled map at once, and of the whole map."""
 
 import math
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 from timm.layers import LayerNorm, register_notrace_function, trunc_normal_
@@ -87,7 +87,7 @@ class CosineAttention(LengthScaledAttention):
 
     def __init__(self, dim: int, num_heads: int, position_bias: ContinuousPositionBias, **kwargs) -> None:
         super().__init__(dim, num_heads, position_bias, **kwargs)
-        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.reset_parameters()
 
@@ -141,7 +141,7 @@ class AggregatedAttention(LengthScaledAttention):
         self, dim: int, num_heads: int, position_bias: ContinuousPositionBias, reduction: int, **kwargs
     ) -> None:
         super().__init__(dim, num_heads, position_bias, **kwargs)
-        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.window_size = WINDOW
         slots = WINDOW * WINDOW
         self.reduction = reduction

@@ -275,7 +275,7 @@ class WindowAttention(PackedAttention):
         shape = (self.num_heads, *(2 * size - 1 for size in self.window_size))
         if tuple(table.shape) == shape:
             return table
-        return resize_rel_pos_bias_table(table, tuple(self.window_size), shape)
+        return resize_rel_pos_bias_table(table, (self.window_size[0], self.window_size[1]), shape)
 
     def pad(self, x: Tensor) -> Tensor:
         return pad_to_multiple(x, self.window_size)
@@ -305,7 +305,8 @@ class PlainAttention(Attention):
     Arguments are :class:`timm.layers.Attention`'s.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    # timm's takes masks as well. TorchScript wants nothing behind the word below.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         packed = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim])
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused_attn and not (self.training and self.attn_drop.p > 0.0):

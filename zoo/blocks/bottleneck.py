@@ -143,7 +143,9 @@ class PositionConv(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[0], x.shape[4]
         padding = [self.padding[0], self.padding[1]]
-        x = F.conv2d(x.permute(0, 4, 1, 2, 3).flatten(0, 1), self.weight.squeeze(4), self.bias, padding=padding)
+        maps, weight = x.permute(0, 4, 1, 2, 3).flatten(0, 1), self.weight.squeeze(4)
+        # a convolution's padding may be a word, this one's is not
+        x = F.conv2d(maps, weight, self.bias, padding=padding)  # type: ignore[arg-type]
         return x.unflatten(0, [batch, channels]).permute(0, 2, 3, 4, 1)
 
     @torch.jit.ignore

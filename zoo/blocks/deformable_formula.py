@@ -39,9 +39,10 @@ def sample(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Values (B, channels, ...) of a map (B, channels, H, W), bilinear, at places (B, ...) in pixels, 0 outside."""
     top, left = y.floor(), x.floor()
     below, right = y - top, x - left
-    corners = ((top, left, (1 - below) * (1 - right)), (top, left + 1, (1 - below) * right))
-    corners += ((top + 1, left, below * (1 - right)), (top + 1, left + 1, below * right))
-    return sum(_read(image, row, column) * share[:, None] for row, column, share in corners)
+    output = _read(image, top, left) * ((1 - below) * (1 - right))[:, None]
+    output = output + _read(image, top, left + 1) * ((1 - below) * right)[:, None]
+    output = output + _read(image, top + 1, left) * (below * (1 - right))[:, None]
+    return output + _read(image, top + 1, left + 1) * (below * right)[:, None]
 
 
 def _read(image: Tensor, row: Tensor, column: Tensor) -> Tensor:

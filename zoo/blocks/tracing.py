@@ -3,7 +3,7 @@
 TorchScript compiles what stands in these functions, so that its exceptions stand here and not in the layers.
 """
 
-from typing import Optional
+from typing import Optional, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def larger(size: int, other: int) -> int:
         return max(size, other)
     if always(size >= other):  # torch.compile of torch 2.11 takes no sym_max of two numbers
         return size
-    return other if always(size <= other) else torch.sym_max(size, other)
+    return other if always(size <= other) else cast(int, torch.sym_max(size, other))
 
 
 def smaller(size: int, other: int) -> int:
@@ -36,7 +36,7 @@ def smaller(size: int, other: int) -> int:
         return min(size, other)
     if always(size <= other):
         return size
-    return other if always(size >= other) else torch.sym_min(size, other)
+    return other if always(size >= other) else cast(int, torch.sym_min(size, other))
 
 
 def is_eager() -> bool:

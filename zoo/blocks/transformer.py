@@ -54,7 +54,7 @@ class TransformerBlock(nn.Module):
         scale: Callable[[], nn.Module] = nn.Identity
         if init_values is not None:
             scale = partial(LayerScale, dim, init_values=init_values, **dd)
-        encodings = [ConvPositionEncoding(dim, **dd) for _ in range(position_encodings)]
+        encodings: list[nn.Module] = [ConvPositionEncoding(dim, **dd) for _ in range(position_encodings)]
         encodings += [nn.Identity() for _ in range(2 - position_encodings)]
         self.cpe1, self.cpe2 = encodings
         self.norm1 = norm()
