@@ -23,7 +23,7 @@ _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> Path:
+def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> Path:
     """Call ``write`` with a temporary name beside ``path``, flush it to the disk, and rename it to ``path``.
 
     A reader sees the old file or the new one, never half of one. The temporary file is removed if ``write`` raises.

@@ -1,32 +1,17 @@
 """Attention maps of a trained network, read from its attention modules while it runs.
 
-Works on every module with the three methods of :class:`AttentionModule`, whatever its neighbourhoods look like: how
-much a position is attended to is the transpose of ``aggregate``, which autograd applies.
+Works on every module with the methods of :class:`~vicinal.zoo.blocks.AttentionModule`, whatever its neighbourhoods look
+like: how much a position is attended to is the transpose of ``aggregate``, which autograd applies.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-@runtime_checkable
-class AttentionModule(Protocol):
-    """What an attention module over channels-last maps (B, H, W, channels) offers to be looked into."""
-
-    def pad(self, x: Tensor) -> Tensor:
-        """The map at the size on which attention runs."""
-        ...
-
-    def attention_weights(self, x: Tensor) -> Tensor:
-        """Softmax weights (B, H, W, heads, keys)."""
-        ...
-
-    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Sum of the values (B, H, W, heads, head_dim) of each query's keys, by weight."""
-        ...
+from ..zoo.blocks import AttentionModule
 
 
 class AttentionRecord(NamedTuple):
@@ -35,7 +20,7 @@ class AttentionRecord(NamedTuple):
     name: str
     """Name of the module in the model."""
     weights: Tensor
-    """Softmax weights (B, H, W, heads, keys), padding cropped."""
+    """Softmax weights (B, H', W', heads, keys) of each query, padding cropped; H' is H, or less behind a stride."""
     received: Tensor
     """For each position (B, H, W) the attention that all queries and heads pay to it, as a multiple of what uniform
     weights would pay; its neighbourhoods alone would favour some positions, such as those near a border."""
@@ -67,18 +52,22 @@ class _Recorder:
 
     def __call__(self, module: AttentionModule, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach()
-        height, width = x.shape[1:3]
+        rows = 2 if getattr(module, "input_fmt", "NHWC") == "NCHW" else 1  # the axis that counts them
+        height, width = x.shape[rows : rows + 2]
         with torch.no_grad():
-            weights = module.attention_weights(module.pad(x)).float()
+            padded = module.pad(x)
+            weights = module.attention_weights(padded).float()
+        size = padded.shape[rows : rows + 2]
         uniform = torch.full_like(weights, 1 / weights.shape[-1])
-        received = _received(module, weights, height, width) / _received(module, uniform, height, width)
-        self.records.append(AttentionRecord(self.name, weights[:, :height, :width], received))
+        received, expected = (_received(module, each, size, (height, width)) for each in (weights, uniform))
+        self.records.append(AttentionRecord(self.name, weights[:, :height, :width], received / expected))
 
 
-def _received(module: AttentionModule, weights: Tensor, height: int, width: int) -> Tensor:
+def _received(module: AttentionModule, weights: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Sum over the unpadded queries and all heads of the weights on each key: (B, H, W)."""
+    height, width = size
     with torch.enable_grad():
-        value = weights.new_ones(*weights.shape[:4], 1, requires_grad=True)
+        value = weights.new_ones(weights.shape[0], *padded, weights.shape[3], 1, requires_grad=True)
         output = module.aggregate(weights, value)
         (received,) = torch.autograd.grad(output[:, :height, :width].sum(), value)
     return received.flatten(3).sum(3)[:, :height, :width]

@@ -8,7 +8,7 @@ import inspect
 import re
 from dataclasses import dataclass
 from math import isqrt
-from typing import Callable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, cast
 
 import timm
 import torch
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from ..kernels import gated_positional_attention, halo_attention, window_attention
 from .backbone import check_legacy_onnx
+from .blocks.gated import position_offsets
 from .blocks.halo import relative_logits
 from .blocks.padding import crop, pad_to_multiple
-from .convit import position_offsets
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def accelerate(model: nn.Module) -> Acceleration:
         raise ValueError(_refusal(model, left))
     for kind in {type(module) for module in known.values()} & set(REPLACEMENTS):
         _check_override(kind, REPLACEMENTS[kind].overrides)
-    changed = {}
+    changed: dict[str, str] = {}
     for name, module in known.items():
-        if type(module) in REPLACEMENTS:
-            module.__class__ = REPLACEMENTS[type(module)]
-            changed[name] = module.operator
+        if (kind := type(module)) in REPLACEMENTS:
+            module.__class__ = cast(type[nn.Module], REPLACEMENTS[kind])
+            changed[name] = REPLACEMENTS[kind].operator
     return Acceleration(changed, left)
 
 
@@ -123,6 +123,11 @@ class Accelerated:
     operator: str
     overrides: str = "forward"
     legacy_onnx: str = "one size"
+
+    @staticmethod
+    def accepts(module: Any) -> bool:
+        """Whether the class can take the place of this module's."""
+        raise NotImplementedError
 
     def check_export(self) -> None:
         """Refuse what ONNX's TorchScript-based exporter would write wrongly of the operator."""
@@ -230,7 +235,7 @@ class Attention2d(Accelerated, maxxvit.Attention2d):
         self.check_export()
         if _drops_weights(self) or shared_rel_pos is not None:
             return super().forward(x, shared_rel_pos)
-        window = tuple(self.rel_pos.window_size)
+        window = tuple(cast(RelPosBias, self.rel_pos).window_size)
         torch._assert(x.shape[2] == window[0], "the height of the map must be that of the relative positions")
         torch._assert(x.shape[3] == window[1], "the width of the map must be that of the relative positions")
         return _attend_partition_2d(self, x, window, "block")
@@ -322,7 +327,7 @@ class HaloAttention(Accelerated, HaloAttn):
         return self.pool(x.flatten(3).permute(0, 3, 1, 2))
 
 
-REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+REPLACEMENTS: dict[type[nn.Module], type[Accelerated]] = {
     swin_transformer.SwinTransformerBlock: SwinTransformerBlock,
     maxxvit.PartitionAttentionCl: PartitionAttentionCl,
     maxxvit.PartitionAttention2d: PartitionAttention2d,
@@ -335,7 +340,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 """Our class for each of timm's."""
 
 
-def _drops_weights(attn: nn.Module) -> bool:
+def _drops_weights(attn: Any) -> bool:
     return attn.training and attn.attn_drop.p > 0.0
 
 
@@ -407,7 +412,7 @@ def _flat_table(rel_pos: RelPosBias) -> Tensor:
     return _reversed_table(table.t().unflatten(1, _table_size(rel_pos.window_size)))
 
 
-_TABLES: dict[type[nn.Module], Callable[[nn.Module], Tensor]] = {
+_TABLES: dict[type[nn.Module], Callable[[Any], Tensor]] = {
     RelPosBias: _flat_table,
     RelPosBiasTf: lambda rel_pos: rel_pos.relative_position_bias_table,
     RelPosMlp: _mlp_table,

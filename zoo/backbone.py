@@ -6,11 +6,19 @@ after ``to_empty`` and loading of every layout that :mod:`vicinal.checkpoints` k
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union
+from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union, cast
 
 import torch
-from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead, get_device_dtype, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    ClNormMlpClassifierHead,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    trunc_normal_,
+)
 from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -18,7 +26,7 @@ from ..checkpoints import RELEASED, Layout, fetch, rename_keys
 from ..checkpoints.files import unwrap
 from ..checkpoints.fit import belongs_to, describe_misfit
 from ..timm_internals import FeatureGetterNet, feature_take_indices
-from .blocks.sizes import always
+from .blocks.tracing import always
 
 Head = Union[ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead]
 
@@ -95,7 +103,7 @@ class Backbone(nn.Module):
         self.output_fmt = output_fmt
         self.num_features = num_features or widths[-1]
         self.head_hidden_size = head.num_features
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": reduction, "module": f"stages.{index}"}
             for index, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
         ]
@@ -257,7 +265,7 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of storing them."""
-        for stage in self.stages:
+        for stage in cast(Iterable[Stage], self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -277,13 +285,24 @@ class Backbone(nn.Module):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif needs_reset and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif needs_reset:
+            reset_parameters(module)
 
     @torch.jit.ignore
     def adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
         """A state dict of any layout of :attr:`layouts`, as this network takes it."""
         return rename_keys(self.layouts, unwrap(state_dict))
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Re-run the initialisation that a module does in its constructor, if it has one."""
+    if (reset := getattr(module, "reset_parameters", None)) is not None:
+        reset()
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth of each block of each stage, growing linearly from 0 to ``rate`` at the last one."""
+    return cast(list[list[float]], calculate_drop_path_rates(rate, list(depths), stagewise=True))
 
 
 def check_per_stage(**options: Sequence[Any]) -> None:
@@ -338,7 +357,7 @@ def check_legacy_onnx(name: str, ability: str) -> None:
 
 def _legacy_dynamic_axes() -> object:
     """What the TorchScript-based exporter that is running was given; it tells the model nothing about it."""
-    frame = sys._getframe()
+    frame: Optional[FrameType] = sys._getframe()
     while frame is not None:
         if "dynamic_axes" in frame.f_locals and frame.f_globals.get("__name__", "").startswith("torch.onnx."):
             return frame.f_locals["dynamic_axes"]
@@ -351,7 +370,7 @@ class FeatureNet(FeatureGetterNet):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`Backbone.set_grad_checkpointing`."""
-        self.model.set_grad_checkpointing(enable)
+        cast(Backbone, self.model).set_grad_checkpointing(enable)
 
 
 class FeatureDict(FeatureNet):
@@ -391,7 +410,7 @@ def build_backbone(
         feature_levels: how many of the last stages ``features_only`` returns unless ``out_indices`` says otherwise.
         **kwargs: arguments of the network and of timm's model factory.
     """
-    feature_cls = FeatureNet
+    feature_cls: type[nn.Module] = FeatureNet
     if kwargs.get("features_only"):
         feature_cls = choose_feature_net(kwargs.pop("feature_cls", "getter"))
     if pretrained:

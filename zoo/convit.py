@@ -4,20 +4,20 @@ Paper: ConViT: Improving Vision Transformers with Soft Convolutional Inductive B
 of the blocks are named as in the official code, facebookresearch/convit, and in timm's ``convit``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, Final, List, Optional, Union
+from typing import Any, List, Optional, Union, cast
 
 import torch
 from timm.layers import (
+    ClassifierHead,
     LayerNorm,
     calculate_drop_path_rates,
     global_pool_nlc,
     register_notrace_function,
     to_2tuple,
     trunc_normal_,
-    use_fused_attn,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,160 +25,17 @@ from torch.nn import functional as F
 from ..checkpoints.convert import unflatten_tokens
 from ..checkpoints.keys.convit import LAYOUTS
 from ..checkpoints.released.convit import RELEASED
-from ..kernels import gated_positional_attention
-from ..kernels.gated import (
-    aggregate,
-    gated_positional_attention_scores,
-    gated_positional_attention_weights,
-)
 from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
-from .blocks.attention import PlainAttention, becomes_program
+from .blocks.attention import PlainAttention
+from .blocks.gated import GatedPositionalAttention
 from .blocks.padding import pad_to_multiple
-from .blocks.sizes import always
+from .blocks.tracing import always
 from .blocks.transformer import TransformerBlock
 from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["ConViT", "checkpoint_filter_fn"]
 
 PATCH = 16
-
-register_notrace_function(gated_positional_attention_scores)
-register_notrace_function(aggregate)
-
-
-class PositionProjection(nn.Linear):
-    """Linear map (rows, in_features) to (rows, out_features) in the dtype of its input, whatever that of its weights.
-
-    Positions are at least in float32: bfloat16 has no squared distances beyond 256. One output's rows lie together.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.weight.to(x.dtype) @ x.t() + self.bias.to(x.dtype)[:, None]).t()
-
-
-class GatedPositionalAttention(nn.Module):
-    """Attention by content and by position, in shares that each head learns.
-
-    Args:
-        dim: channels, a multiple of ``num_heads``.
-        num_heads: number of heads.
-        locality_strength: how sharply a head attends to its own offset at first.
-        attn_drop: dropout on the attention weights, which takes the unfused path while training.
-        proj_drop: dropout after the output projection.
-
-    Shape:
-        (B, H, W, dim) to the same, at any height and width.
-
-    Source:
-        arXiv:2103.10697, section 3.
-    """
-
-    fused_attn: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        locality_strength: float = 1.0,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.locality_strength = locality_strength
-        self.fused_attn = use_fused_attn()
-        self.qk = nn.Linear(dim, 2 * dim, bias=False, **dd)
-        self.v = nn.Linear(dim, dim, bias=False, **dd)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.pos_proj = PositionProjection(3, num_heads, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.gating_param = nn.Parameter(torch.ones(num_heads, **dd))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.gating_param)
-
-    @torch.no_grad()
-    def initialize_locality(self) -> None:
-        """Begin as a convolution: values pass unchanged, and each head of a square attends to one offset."""
-        nn.init.eye_(self.v.weight)
-        side = int(self.num_heads**0.5)
-        offsets = torch.arange(side, device=self.v.weight.device) - ((side - 1) / 2 if side % 2 == 0 else side // 2)
-        self.pos_proj.weight[: side**2, 0] = 2 * offsets.repeat_interleave(side)
-        self.pos_proj.weight[: side**2, 1] = 2 * offsets.repeat(side)
-        self.pos_proj.weight[: side**2, 2] = -1.0
-        self.pos_proj.weight.mul_(self.locality_strength)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key = self.qk(x).unflatten(-1, [2, self.num_heads, -1]).unbind(3)
-        value = self.v(x).unflatten(-1, [self.num_heads, -1])
-        scores = self.position_scores(x)
-        dropping = self.training and self.attn_drop.p > 0.0
-        if (self.fused_attn or becomes_program()) and not dropping:
-            x = self.attend(query, key, value, scores)
-        else:
-            x = self.attend_by_weights(query, key, value, scores)
-        return self.proj_drop(self.proj(x.flatten(3)))
-
-    def position_scores(self, x: Tensor) -> Tensor:
-        """Scores (heads, H * W, H * W) of every pair of positions of a map (B, H, W, dim), by their offset alone."""
-        tokens = x.shape[1] * x.shape[2]
-        exact = True
-        if not torch.jit.is_scripting():
-            # what stands in its place, a quantized layer or an adapter, reads the dtype that other layers read
-            exact = isinstance(self.pos_proj, PositionProjection)
-        return self.pos_proj(offsets_of(x, exact)).t().unflatten(1, [tokens, tokens]).contiguous()
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
-        """Attention output, of the shape of ``query``."""
-        if torch.jit.is_scripting():
-            operator = torch.ops.vicinal.gated_positional_attention
-            return operator(query, key, value, scores, self.gating_param, None)[0]
-        return gated_positional_attention(query, key, value, scores, self.gating_param)
-
-    @torch.jit.unused
-    def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
-        """The same, with the weights passing through ``attn_drop``, where hooks can read them."""
-        weights = gated_positional_attention_scores(query, key, scores, self.gating_param).softmax(dim=-1)
-        return aggregate(self.attn_drop(weights), value)
-
-    @torch.jit.ignore
-    def attention_weights(self, x: Tensor) -> Tensor:
-        """Mixed weights (B, H, W, heads, H * W) of the queries of a map (B, H, W, dim)."""
-        query, key = self.qk(x).unflatten(-1, [2, self.num_heads, -1]).unbind(3)
-        return gated_positional_attention_weights(query, key, self.position_scores(x), self.gating_param)
-
-    @torch.jit.ignore
-    def pad(self, x: Tensor) -> Tensor:
-        """The map at the size on which attention runs: its own."""
-        return x
-
-    @torch.jit.ignore
-    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Sum of values (B, H, W, heads, head_dim) by weights, of the shape of ``value``."""
-        return aggregate(weights, value)
-
-
-@register_notrace_function
-def offsets_of(x: Tensor, exact: bool) -> Tensor:
-    """:func:`position_offsets` of a map (B, H, W, dim) in its dtype, and if ``exact`` at least in float32."""
-    dtype = torch.float32 if exact and x.dtype != torch.float64 else x.dtype
-    return position_offsets([x.shape[1], x.shape[2]], x.device, dtype)
-
-
-def position_offsets(size: List[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(dx, dy, dx^2 + dy^2) of the offset of each key from each query of a map, (H * W * H * W, 3)."""
-    rows, columns = torch.arange(size[0], device=device), torch.arange(size[1], device=device)
-    y = rows[:, None].expand(size[0], size[1]).flatten().to(dtype)
-    x = columns.expand(size[0], size[1]).flatten().to(dtype)
-    dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
-    offsets = torch.stack([dx, dy, dx.square() + dy.square()])  # (3, H * W, H * W)
-    return offsets.flatten(1).t()
 
 
 class PatchEmbed(nn.Module):
@@ -191,7 +48,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, img_size: Union[int, Sequence[int]], device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size: List[int] = [PATCH, PATCH]
         self.conv = nn.Conv2d(in_chans, dim, PATCH, PATCH, **dd)
         self.pos_embed = nn.Parameter(torch.empty(1, *grid_of(img_size), dim, **dd))
@@ -320,14 +177,16 @@ class ConViT(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not 0 <= local_depth < depth:
             raise ValueError(f"local_depth={local_depth} must be at least 0 and less than depth={depth}")
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
         self.local_depth = local_depth
-        dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        dropout: dict[str, Any] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         local = partial(GatedPositionalAttention, locality_strength=locality_strength)
-        block = partial(TransformerBlock, embed_dim, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, norm_eps=1e-6, **dd)
+        block: Callable[..., nn.Module] = partial(
+            TransformerBlock, embed_dim, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, norm_eps=1e-6, **dd
+        )
         stages = [
             Stage(
                 [
@@ -344,7 +203,7 @@ class ConViT(Backbone):
             stem=PatchEmbed(in_chans, embed_dim, img_size, **dd),
             stages=stages,
             norm=LayerNorm(embed_dim, eps=1e-6, **dd),
-            head=TokenClassifierHead(embed_dim, num_classes, global_pool, drop_rate, **dd),
+            head=cast(ClassifierHead, TokenClassifierHead(embed_dim, num_classes, global_pool, drop_rate, **dd)),
             widths=[embed_dim] * depth,
             reductions=[PATCH] * depth,
             in_chans=in_chans,
@@ -381,7 +240,7 @@ class ConViT(Backbone):
         embedding = state_dict.get("stem.pos_embed")
         if embedding is not None:
             embedding = self._unflatten_embedding(embedding)
-            resized = resize_embedding(embedding.float(), list(self.stem.pos_embed.shape[1:3]))
+            resized = resize_embedding(embedding.float(), list(cast(PatchEmbed, self.stem).pos_embed.shape[1:3]))
             state_dict["stem.pos_embed"] = resized.to(embedding.dtype)
         return state_dict
 
@@ -390,7 +249,7 @@ class ConViT(Backbone):
         img_size = getattr(self, "pretrained_model_args", {}).get("img_size")
         if embedding.ndim == 3 and img_size is not None and prod(grid_of(img_size)) == embedding.shape[1]:
             return embedding.unflatten(1, grid_of(img_size))
-        height, width = self.stem.pos_embed.shape[1:3]
+        height, width = cast(PatchEmbed, self.stem).pos_embed.shape[1:3]
         embedding = unflatten_tokens(embedding, (height, width))
         if embedding.ndim == 3:
             raise ValueError(

@@ -4,53 +4,23 @@ Paper: DaViT: Dual Attention Vision Transformers (arXiv:2204.03645). Official co
 named as in timm's ``davit``, whose checkpoints load unchanged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
-from timm.layers import ClNormMlpClassifierHead, LayerNorm, calculate_drop_path_rates
-from torch import Tensor, nn
+from timm.layers import ClNormMlpClassifierHead, LayerNorm
+from torch import nn
 
 from ..checkpoints.keys.davit import LAYOUTS
 from ..checkpoints.released.davit import RELEASED
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.attention import WindowAttention
+from .blocks.channel import ChannelAttention
 from .blocks.embed import ConvEmbed
 from .blocks.transformer import TransformerBlock
 from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["DaViT", "checkpoint_filter_fn"]
-
-
-class ChannelAttention(nn.Module):
-    """Attention between the channels of a group, over all positions: the features are the tokens.
-
-    Args:
-        dim: channels, a multiple of ``num_heads``.
-        num_heads: number of channel groups.
-
-    Shape:
-        (B, H, W, dim) to the same.
-
-    Source:
-        arXiv:2204.03645, section 3.2. The weights are softmax(k^T v) and act on the queries, scaled by the group's
-        width as the released code has it, not by the number of positions.
-    """
-
-    def __init__(self, dim: int, num_heads: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        weights = (key.transpose(-2, -1) @ value * self.scale).softmax(dim=-1)
-        x = query @ weights.transpose(-2, -1)
-        return self.proj(x.transpose(1, 2).reshape(batch, height, width, channels))
 
 
 class DaViT(Backbone):
@@ -87,10 +57,10 @@ class DaViT(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
         # the official rates run over single blocks, two a pair
-        drop_paths = calculate_drop_path_rates(drop_path_rate, [2 * depth for depth in depths], stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, [2 * depth for depth in depths])
 
         def pair(stage: int, index: int) -> nn.Sequential:
             dim, heads = embed_dims[stage], num_heads[stage]
@@ -104,7 +74,7 @@ class DaViT(Backbone):
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            block = partial(
+            block: Callable[..., nn.Module] = partial(
                 TransformerBlock, dim, mlp_ratio=mlp_ratio, position_encodings=2, proj_drop=proj_drop_rate, **dd
             )
             channel = ChannelAttention(dim, heads, **dd)

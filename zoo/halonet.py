@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any, Union
+from typing import Any, Union, cast
 
 from timm.layers import ClassifierHead
 from timm.models import named_apply
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.keys.halonet import LAYOUTS
 from ..checkpoints.released.halonet import RELEASED
-from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, checkpoint_filter_fn, reset_parameters
 from .blocks.bottleneck import BottleneckAttention, LambdaAttention, resize_relative_table
 from .blocks.halo import HaloAttention
 from .names import Variant, default_cfgs_of, register_variants
@@ -84,8 +84,9 @@ class HaloNet(Backbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         cfg = _with_our_attention(cfg, mask_padding)
-        parts = ByobNet(cfg, num_classes=0, in_chans=in_chans, img_size=img_size, drop_path_rate=drop_path_rate, **dd)
-        firsts = [stage[0] for stage in cfg.blocks]
+        size = cast(Union[int, tuple[int, int]], img_size)
+        parts = ByobNet(cfg, num_classes=0, in_chans=in_chans, img_size=size, drop_path_rate=drop_path_rate, **dd)
+        firsts = [cast(Sequence[ByoBlockCfg], stage)[0] for stage in cfg.blocks]
         strides = [block.s for block in firsts]
         total = parts.feature_info[-1]["reduction"]
         super().__init__(
@@ -107,8 +108,8 @@ class HaloNet(Backbone):
 
     def init_module(self, module: nn.Module, name: str, needs_reset: bool) -> None:
         """timm's rule: convolutions by their fan-out, a residual branch that starts as zero."""
-        if needs_reset and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        if needs_reset:
+            reset_parameters(module)
         _init_weights(module, name, zero_init_last=True)
 
     def adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
@@ -170,7 +171,12 @@ def _paper(
         stride = 2 if index else 1
         # timm takes a class of ours as a partial
         return ByoBlockCfg(
-            partial(HaloBlock), d=depth, c=out, s=stride, br=width / out, self_attn_kwargs={**window, **heads}
+            cast(nn.Module, partial(HaloBlock)),
+            d=depth,
+            c=out,
+            s=stride,
+            br=width / out,
+            self_attn_kwargs={**window, **heads},
         )
 
     cfg = ByoModelCfg(

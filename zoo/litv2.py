@@ -4,173 +4,27 @@ Paper: Fast Vision Transformers with HiLo Attention (arXiv:2205.13213); deformab
 Less Attention in Vision Transformers (arXiv:2105.14217). Official code: ziplab/LITv2 (Apache-2.0).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm,
-    calculate_drop_path_rates,
-    register_notrace_function,
-    use_fused_attn,
-)
+from timm.layers import ClassifierHead, DropPath, LayerNorm, register_notrace_function
 from torch import Tensor, nn
 
 from ..checkpoints.keys.litv2 import LAYOUTS
 from ..checkpoints.released.litv2 import RELEASED
-from ..kernels.dispatch import needs_formula
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.activation import GELU
-from .blocks.attention import WindowAttention, attend_with_bias
 from .blocks.deformable import deform_conv2d
 from .blocks.deformable_formula import deformable_convolution
 from .blocks.embed import ConvEmbed
+from .blocks.hilo import HiLoAttention
 from .blocks.mlp import DepthwiseMlp
-from .blocks.padding import crop, pad_to_multiple
+from .blocks.tracing import takes_formula
 from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["LITv2", "checkpoint_filter_fn"]
-
-
-class Softmax(nn.Module):
-    """Softmax over the last axis, for a module to have as ``attn``, where timm's ``AttentionExtract`` looks for it."""
-
-    def forward(self, scores: Tensor) -> Tensor:
-        return scores.softmax(dim=-1)
-
-
-class HighFrequencyAttention(WindowAttention):
-    """Window attention of some of the heads: its queries, keys and values are narrower than the map.
-
-    Args:
-        dim: channels of the map.
-        num_heads: heads that attend in windows.
-        head_dim: channels of a head.
-        window_size: height and width of a window.
-        **kwargs: see :class:`LocalAttention`.
-
-    Shape:
-        (B, H, W, dim) to (B, H, W, num_heads * head_dim).
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, head_dim: int, window_size: int, device=None, dtype=None, **kwargs
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        width = num_heads * head_dim
-        super().__init__(width, num_heads, window_size, relative_position_bias=False, **dd, **kwargs)
-        self.qkv = nn.Linear(dim, 3 * width, **dd)
-        self.attn = Softmax()
-
-    @torch.jit.unused
-    def normalize(self, scores: Tensor) -> Tensor:
-        return self.attn(scores)
-
-
-class LowFrequencyAttention(nn.Module):
-    """Attention of some of the heads from every position to averages over windows.
-
-    Args:
-        dim: channels of the map.
-        num_heads: heads that attend so.
-        head_dim: channels of a head.
-        window_size: height and width of the windows that keys and values are averaged over; they divide the map.
-        attn_drop: dropout on the attention weights.
-        proj_drop: dropout after the output projection.
-
-    Shape:
-        (B, H, W, dim) to (B, H, W, num_heads * head_dim).
-    """
-
-    fused_attn: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        head_dim: int,
-        window_size: int,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        width = num_heads * head_dim
-        self.num_heads = num_heads
-        self.scale = head_dim**-0.5
-        self.fused_attn = use_fused_attn()
-        self.pool = nn.AvgPool2d(window_size) if window_size > 1 else nn.Identity()
-        self.q = nn.Linear(dim, width, **dd)
-        self.kv = nn.Linear(dim, 2 * width, **dd)
-        self.attn = Softmax()
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(width, width, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = [x.shape[1], x.shape[2]]
-        query = self.q(x.flatten(1, 2)).unflatten(-1, [self.num_heads, -1]).transpose(1, 2)
-        pooled = self.pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        packed = self.kv(pooled).unflatten(-1, [2, self.num_heads, -1])  # (B, windows, 2, heads, head_dim)
-        key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.attend(query, key, value).transpose(1, 2).flatten(2).unflatten(1, size)
-        return self.proj_drop(self.proj(x))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of (B, heads, positions, head_dim) to (B, heads, windows, head_dim)."""
-        if self.fused_attn and not (self.training and self.attn_drop.p > 0.0):
-            return attend_with_bias(query, key, value, None, self.scale)
-        weights = self.attn(query * self.scale @ key.transpose(-2, -1))
-        return self.attn_drop(weights) @ value
-
-
-class HiLoAttention(nn.Module):
-    """Some heads attend inside windows, the others to the windows' averages; no position encoding in either.
-
-    A map that does not divide into windows is zero-padded, and what is padded takes part in both, as in the official
-    dense-task code.
-
-    Args:
-        dim: channels, a multiple of ``num_heads``.
-        num_heads: heads of both kinds.
-        window_size: height and width of a window; with 1 every head is low-frequency, which is plain attention.
-        alpha: share of the heads that attend to averages, rounded down.
-        attn_drop: dropout on the attention weights.
-        proj_drop: dropout after the output projections.
-
-    Shape:
-        (B, H, W, dim) to the same: high-frequency heads first.
-
-    Source:
-        arXiv:2205.13213, section 3.
-    """
-
-    def __init__(self, dim: int, num_heads: int, window_size: int, alpha: float, **kwargs) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha={alpha} must be a share of the heads, from 0 to 1")
-        low_heads = int(num_heads * alpha) if window_size > 1 else num_heads
-        high_heads, head_dim = num_heads - low_heads, dim // num_heads
-        self.window_size = [window_size, window_size]
-        self.high = HighFrequencyAttention(dim, high_heads, head_dim, window_size, **kwargs) if high_heads else None
-        self.low = LowFrequencyAttention(dim, low_heads, head_dim, window_size, **kwargs) if low_heads else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1], x.shape[2]
-        x = pad_to_multiple(x, self.window_size)
-        parts = []
-        if self.high is not None:
-            parts.append(self.high(x))
-        if self.low is not None:
-            parts.append(self.low(x))
-        return crop(torch.cat(parts, dim=-1), height, width)
 
 
 class LITBlock(nn.Module):
@@ -206,7 +60,8 @@ class OffsetConv(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class DeformableConv(nn.Module):
@@ -217,7 +72,7 @@ class DeformableConv(nn.Module):
 
     def __init__(self, in_chans: int, out_chans: int, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_chans, in_chans, 2, 2, **dd))
         self.bias = nn.Parameter(torch.empty(out_chans, **dd))
         self.reset_parameters()
@@ -263,9 +118,8 @@ def sample_and_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Optional[T
     if dtype != torch.float64:
         x, offset, weight = x.float(), offset.float(), weight.float()
         bias = None if bias is None else bias.float()
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would read the inner condition)
-        if needs_formula(x, offset, weight, bias):
-            return deformable_convolution(x, offset, weight, bias, (2, 2)).to(dtype)
+    if takes_formula(x, offset, weight, bias):
+        return deformable_convolution(x, offset, weight, bias, (2, 2)).to(dtype)
     return deform_conv2d(x, offset, weight, bias, stride=(2, 2)).to(dtype)
 
 
@@ -306,11 +160,13 @@ class LITv2(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_per_stage(depths=depths, num_heads=num_heads, window_sizes=window_sizes)
         widths = [embed_dim * 2**stage for stage in range(len(depths))]
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        hilo = partial(HiLoAttention, alpha=alpha, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
+        hilo: Callable[..., nn.Module] = partial(
+            HiLoAttention, alpha=alpha, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd
+        )
 
         def block(stage: int, index: int) -> LITBlock:
             dim, window_size = widths[stage], window_sizes[stage]

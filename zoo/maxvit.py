@@ -15,7 +15,6 @@ from timm.layers import (
     DropPath,
     LayerNorm,
     SqueezeExcite,
-    calculate_drop_path_rates,
     to_2tuple,
 )
 from timm.models import resolve_pretrained_cfg
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from ..checkpoints.keys.maxvit import LAYOUTS
 from ..checkpoints.released.maxvit import RELEASED
 from ..timm_internals import update_model_input_size
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.activation import GELUTanh
 from .blocks.attention import WindowAttention
 from .blocks.padding import pad_by_edge, pad_same
@@ -52,7 +51,7 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = SameConv2d(in_chans, dim, **dd)
         self.norm1 = _norm_act(dim, **dd)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, **dd)
@@ -66,7 +65,7 @@ class PoolShortcut(nn.Module):
 
     def __init__(self, in_chans: int, out_chans: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.expand = nn.Identity()
+        self.expand: nn.Module = nn.Identity()
         if in_chans != out_chans:
             self.expand = nn.Conv2d(in_chans, out_chans, 1, device=device, dtype=dtype)
 
@@ -85,7 +84,7 @@ class MBConv(nn.Module):
         self, in_chans: int, out_chans: int, strided: bool = False, drop_path: float = 0.0, device=None, dtype=None
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = 4 * out_chans
         depthwise = SameConv2d if strided else partial(nn.Conv2d, kernel_size=3, padding=1)
         self.shortcut = PoolShortcut(in_chans, out_chans, **dd) if strided else nn.Identity()
@@ -144,14 +143,14 @@ class MaxViT(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_per_stage(embed_dims=embed_dims, depths=depths)
         window = _choose_window(img_size, window_size, window_ratio)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         in_widths = [stem_width, *embed_dims[:-1]]
 
         def attention_block(dim: int, partition: str, drop_path: float) -> TransformerBlock:
-            drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+            drops: dict[str, Any] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
             attn = WindowAttention(dim, dim // 32, window, partition=partition, **drops, **dd)
             return TransformerBlock(dim, attn, proj_drop=proj_drop_rate, drop_path=drop_path, act_layer=GELUTanh, **dd)
 

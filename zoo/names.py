@@ -4,6 +4,7 @@ The registered names stand literally in each family's table. A name that timm ow
 timm's, ends in ``_vicinal`` there: registering timm's own name would delete the weights that timm lists for it.
 """
 
+import fnmatch
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from timm.models import generate_default_cfgs, is_model, model_entrypoint, regis
 from torch import nn
 
 from ..checkpoints import ReleasedWeights
+
+_REGISTERED: dict[str, dict[str, None]] = {}
+"""Names of each family's module, in the order of its tables."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,35 @@ def register_variants(
                 f"that this version was tested with (pip install 'timm<1.1'), or give the variant another name in "
                 f"{module}, such as {name}_vicinal"
             )
+    _REGISTERED.setdefault(module, {}).update(dict.fromkeys(variants))
     entry_points = {
         name: register_model(_entry_point(module, name, variant, build)) for name, variant in variants.items()
     }
     vars(sys.modules[module]).update(entry_points)
     return entry_points
+
+
+def families() -> list[str]:
+    """Names of this package's families, which are those of their modules, sorted."""
+    package = f"{__package__}."
+    return sorted(module.removeprefix(package) for module in _REGISTERED if module.startswith(package))
+
+
+def variants(pattern: str = "*", family: str | None = None) -> list[str]:
+    """Registered names of a family, or of all of this package's, in the order of the tables.
+
+    Args:
+        pattern: shell pattern of the names, as for ``timm.list_models``; "*_pico*" for the debug-sized ones.
+        family: one of :func:`families`, or the module of a family from elsewhere.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    tables = {module.removeprefix(f"{__package__}."): names for module, names in _REGISTERED.items()}
+    if family is not None and family not in tables:
+        raise ValueError(f"family={family!r} is not registered; there are {', '.join(tables)}")
+    names = [name for key in ([family] if family else families()) for name in tables[key]]
+    return fnmatch.filter(names, pattern)
 
 
 def _entry_point(module: str, name: str, variant: Variant, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

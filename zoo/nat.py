@@ -5,7 +5,7 @@ Papers: Neighborhood Attention Transformer (arXiv:2204.07143), Dilated Neighborh
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Optional, Union
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.keys.nat import LAYOUTS
 from ..checkpoints.released.nat import RELEASED
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
 from .blocks.attention import GlobalAttention, NeighborhoodAttention
 from .blocks.embed import ConvEmbed, PatchMerging
 from .blocks.transformer import TransformerBlock
@@ -70,11 +70,11 @@ class NeighborhoodTransformer(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dilations = [dilations] * len(depths) if isinstance(dilations, int) else dilations
         check_per_stage(depths=depths, num_heads=num_heads, dilations=dilations)
         widths = [embed_dim * 2**stage for stage in range(len(depths))]
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         downsample = PatchMerging if swin_layout else _conv_downsample
 
         def block(stage: int, index: int) -> TransformerBlock:
@@ -156,7 +156,7 @@ class IsotropicNeighborhoodTransformer(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
         grid_size = tuple(-(-side // 16) for side in to_2tuple(img_size))
 
@@ -167,7 +167,9 @@ class IsotropicNeighborhoodTransformer(Backbone):
             step = dilation if index % 2 else 1
             return NeighborhoodAttention(embed_dim, num_heads, kernel_size, step, **kwargs)
 
-        block = partial(TransformerBlock, embed_dim, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, **dd)
+        block: Callable[..., nn.Module] = partial(
+            TransformerBlock, embed_dim, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, **dd
+        )
         super().__init__(
             stem=ConvEmbed(in_chans, embed_dim, 16, 16, image=True, multiple=16, **dd),
             stages=[Stage([block(attention(index), drop_path=drop_paths[index])]) for index in range(depth)],
@@ -186,10 +188,10 @@ class IsotropicNeighborhoodTransformer(Backbone):
         state_dict = super().adapt_state_dict(state_dict)
         for name, module in self.named_modules():
             key = f"{name}.relative_position_bias"
-            if isinstance(module, GlobalAttention) and key in state_dict:
-                shape = module.relative_position_bias.shape
-                window = tuple((size + 1) // 2 for size in shape[1:])
-                state_dict[key] = resize_rel_pos_bias_table_simple(state_dict[key], window, shape)
+            if isinstance(module, GlobalAttention) and module.relative_position_bias is not None and key in state_dict:
+                _, height, width = shape = module.relative_position_bias.shape
+                window = ((height + 1) // 2, (width + 1) // 2)
+                state_dict[key] = resize_rel_pos_bias_table_simple(state_dict[key], window, tuple(shape))
         return state_dict
 
 

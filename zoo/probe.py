@@ -4,7 +4,7 @@ Source: Psomas et al., "Attention, Please! Revisiting Attentive Probing Through 
 arXiv:2506.10178: efficient probing, multi-query cross-attention without projections of queries, keys and outputs.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import timm
 import torch
@@ -48,10 +48,11 @@ class ProbeHead(nn.Module):
         super().__init__()
         self.pool = MultiQueryPool(dim, num_queries)
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
-        self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.fc: nn.Module = nn.Identity()
         if num_classes:
-            nn.init.trunc_normal_(self.fc.weight, std=0.01)
-            nn.init.zeros_(self.fc.bias)
+            self.fc = linear = nn.Linear(dim, num_classes)
+            nn.init.trunc_normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, dim) -> (B, num_classes), or (B, dim)."""
@@ -78,7 +79,7 @@ class AttentiveProbe(nn.Module):
         **kwargs: Any,
     ):
         super().__init__()
-        self.backbone = timm.create_model(backbone, num_classes=0, **{**(backbone_args or {}), **kwargs})
+        self.backbone = cast(Any, timm.create_model(backbone, num_classes=0, **{**(backbone_args or {}), **kwargs}))
         self.num_features = self.head_hidden_size = self.backbone.num_features
         self.num_classes = num_classes
         self.head = ProbeHead(self.num_features, num_classes, num_queries)

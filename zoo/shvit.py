@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
-from typing import Tuple, Union
+from typing import Any, Tuple, Union, cast
 
 import torch
-from timm.layers import ClassifierHead, DropPath, GroupNorm1, SqueezeExcite, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, GroupNorm1, SqueezeExcite
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..checkpoints.keys.shvit import LAYOUTS
 from ..checkpoints.released.shvit import RELEASED
-from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn
+from .backbone import Backbone, Stage, build_backbone, check_per_stage, checkpoint_filter_fn, drop_path_rates
+from .blocks.base import aggregate_all
 from .names import Variant, default_cfgs_of, register_variants
 
 __all__ = ["SHViT", "checkpoint_filter_fn"]
@@ -36,7 +37,8 @@ class ConvNorm(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        fused, bn = deepcopy(self.c), self.bn
+        bn: Any = self.bn
+        fused = cast(nn.Conv2d, deepcopy(self.c))
         fused.weight, fused.bias = fuse_conv_bn_weights(
             fused.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
@@ -53,7 +55,8 @@ class NormLinear(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self) -> nn.Linear:
-        fused, bn = deepcopy(self.l), self.bn
+        bn: Any = self.bn
+        fused = cast(nn.Linear, deepcopy(self.l))
         scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
         fused.bias.add_(fused.weight @ (bn.bias - bn.running_mean * scale))
         fused.weight.mul_(scale)
@@ -92,8 +95,11 @@ class PlainAttention(nn.Module):
         self.attn_drop = nn.Identity()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        weights = (query @ key.transpose(1, 2)).softmax(dim=2)
-        return self.attn_drop(weights) @ value
+        return self.attn_drop(self.weights(query, key)) @ value
+
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Softmax weights (B, tokens, tokens)."""
+        return (query @ key.transpose(1, 2)).softmax(dim=2)
 
 
 class SingleHeadAttention(nn.Module):
@@ -111,6 +117,8 @@ class SingleHeadAttention(nn.Module):
         arXiv:2401.16456, section 3.2.
     """
 
+    input_fmt = "NCHW"
+
     def __init__(self, dim: int, partial_dim: int, key_dim: int = 16, **dd) -> None:
         super().__init__()
         self.splits = [partial_dim, dim - partial_dim]
@@ -123,11 +131,31 @@ class SingleHeadAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         attending, rest = x.split(self.splits, dim=1)
-        size = [x.shape[2], x.shape[3]]
+        query, key, value = self.project(attending)
+        attended = self.attn(query, key, value).transpose(1, 2).unflatten(2, [x.shape[2], x.shape[3]])
+        return self.proj(torch.cat([attended, rest], dim=1))
+
+    def project(self, attending: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, keys and values (B, H * W, channels) of the channels that attend."""
         tokens = self.qkv(self.pre_norm(attending)).flatten(2).transpose(1, 2)
         query, key, value = tokens.split(self.qkv_splits, dim=2)
-        attended = self.attn(query * self.scale, key, value).transpose(1, 2).unflatten(2, size)
-        return self.proj(torch.cat([attended, rest], dim=1))
+        return query * self.scale, key, value
+
+    @torch.jit.ignore
+    def pad(self, x: Tensor) -> Tensor:
+        """See :class:`vicinal.zoo.blocks.AttentionModule`: the map as it is."""
+        return x
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, 1, H * W) of the queries of a map (B, dim, H, W)."""
+        query, key, _ = self.project(x[:, : self.splits[0]])
+        return self.attn.weights(query, key).unflatten(1, x.shape[2:])[:, :, :, None]
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values (B, H, W, 1, channels) by weights, of the shape of ``value``."""
+        return aggregate_all(weights, value)
 
 
 class FeedForward(nn.Sequential):
@@ -177,8 +205,8 @@ class BatchNormClassifierHead(ClassifierHead):
         args, kwargs: as for timm's ``ClassifierHead``.
     """
 
-    def __init__(self, *args, distilled: bool = False, device=None, dtype=None, **kwargs) -> None:
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+    def __init__(self, *args, distilled: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.distilled = distilled
         self.distilled_training = False
         self._add_norms()
@@ -239,9 +267,9 @@ class SHViT(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_per_stage(embed_dims=embed_dims, depths=depths, partial_dims=partial_dims)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         stages = [
             Stage(
                 [BasicBlock(dim, partial_dim, drop_path, **dd) for drop_path in rates],
@@ -267,23 +295,24 @@ class SHViT(Backbone):
         """Besides the shared rules: every residual branch of a block, and every FFN, begins as zero."""
         super().init_module(module, name, needs_reset)
         if name.endswith((".conv.m.bn", ".proj.1.bn", ".pw2.bn")):
-            nn.init.zeros_(module.weight)
+            nn.init.zeros_(cast(nn.BatchNorm2d, module).weight)
 
     @torch.jit.ignore
     def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, ...]]:
         """The classifier's linear layer, both with ``distilled``."""
-        heads = [self.head.fc] if self.head.fc_dist is None else [self.head.fc, self.head.fc_dist]
-        linears = tuple(head.l if isinstance(head, NormLinear) else head for head in heads)
+        head: Any = self.head
+        heads: list[nn.Module] = [head.fc] if head.fc_dist is None else [head.fc, head.fc_dist]
+        linears = tuple(cast(nn.Module, fc.l) if isinstance(fc, NormLinear) else fc for fc in heads)
         return linears if len(linears) > 1 else linears[0]
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
         """Have the training forward return the logits of both classifiers, as timm's distillation task wants them."""
-        self.head.distilled_training = enable
+        cast(BatchNormClassifierHead, self.head).distilled_training = enable
 
     def fuse(self) -> "SHViT":
         """Fold every batch norm and every depthwise residual into a convolution, in place, for inference."""
-        return reparameterize_model(self, inplace=True)
+        return cast(SHViT, reparameterize_model(self, inplace=True))
 
 
 def _depthwise(dim: int, **dd) -> ConvNorm:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...zoo.biformer import EnhancedAttention, ProjectedRoutedAttention, RoutedAttention
+from ...zoo.blocks.aggregated import AggregatedAttention, CosineAttention, LengthScaledAttention, log_keys
+from ...zoo.blocks.attention import GlobalAttention
+from ...zoo.blocks.hilo import HighFrequencyAttention, LowFrequencyAttention
 from ...zoo.blocks.pooling import cell_bounds
-from ...zoo.litv2 import HighFrequencyAttention, LowFrequencyAttention
-from ...zoo.transnext import AggregatedAttention, CosineAttention, LengthScaledAttention, log_keys
+from ...zoo.blocks.routed import ProjectedRoutedAttention, RoutedAttention
 
 
 class OfficialMixers(nn.Module):
@@ -49,6 +50,8 @@ def official_form(module: nn.Module, image: Tensor) -> nn.Module:
 def _form_of(module: nn.Module) -> Optional[type[nn.Module]]:
     if isinstance(module, ProjectedRoutedAttention):
         return None  # the refactored code of BiFormer has another form
+    if isinstance(module, GlobalAttention) and (module.lepe is None or module.encode_values):
+        return None  # only BiFormer's last stage has the form below
     return next((form for kind, form in FORMS.items() if isinstance(module, kind)), None)
 
 
@@ -235,7 +238,7 @@ FORMS: dict[type[nn.Module], type[nn.Module]] = {
     AggregatedAttention: AggregatedForm,
     CosineAttention: CosineForm,
     RoutedAttention: RoutedForm,
-    EnhancedAttention: EnhancedForm,
+    GlobalAttention: EnhancedForm,
     HighFrequencyAttention: HighForm,
     LowFrequencyAttention: LowForm,
 }

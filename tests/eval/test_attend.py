@@ -1,9 +1,14 @@
+import pytest
 import timm
 import torch
 from torch import nn
 
 import vicinal.zoo  # noqa: F401
 from vicinal.eval.attend import record_attention
+from vicinal.zoo.blocks import AttentionModule, HaloAttention
+from vicinal.zoo.names import variants
+
+PICOS = variants("*_pico*")
 
 
 def run(model, images):
@@ -18,7 +23,7 @@ def test_records_every_attention_module_without_changing_the_output():
     images = torch.randn(2, 3, 64, 48)
     logits, records = run(model, images)
     assert torch.equal(model(images), logits)
-    assert len(records) == sum(hasattr(module, "attention_weights") for module in model.modules())
+    assert len(records) == sum(isinstance(module, AttentionModule) for module in model.modules())
     assert len({record.name for record in records}) == len(records)
     # The deeper maps are smaller than a neighborhood, and padded while attention runs.
     assert {record.weights.shape[1:3] for record in records} == {(16, 12), (8, 6), (4, 3), (2, 2)}
@@ -32,6 +37,37 @@ def test_records_every_attention_module_without_changing_the_output():
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=record.weights.shape[-1] * 6e-8)
         assert torch.isfinite(record.received).all()
         assert (record.received >= 0).all()
+
+
+@pytest.mark.parametrize("name", PICOS)
+def test_every_family_has_maps(name: str):
+    """Weights that sum to one for every query, and what each position of the map receives of them."""
+    model = timm.create_model(name, num_classes=10)
+    sizes: dict[str, torch.Size] = {}
+    for key, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, inputs, key=key: sizes.update({key: inputs[0].shape}))
+    _, records = run(model, torch.randn(2, 3, 64, 128))
+    assert records
+    for record in records:
+        module, size = model.get_submodule(record.name), sizes[record.name]
+        rows, columns = size[2:] if getattr(module, "input_fmt", "") == "NCHW" else size[1:3]
+        assert record.received.shape == (2, rows, columns)
+        assert record.received.isfinite().all()
+        assert (record.received >= 0).all()
+        total = record.weights.sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=record.weights.shape[-1] * 6e-8)
+
+
+def test_halo_attention_downsamples_its_queries_and_keeps_its_keys():
+    """Every query sees the whole map with equal weights, so that every position receives what uniform weights pay."""
+    module = HaloAttention(8, num_heads=2, block_size=4, halo_size=4, stride=2, mask_padding=True)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    _, records = run(nn.Sequential(module), torch.randn(1, 8, 4, 4))
+    assert records[0].weights.shape == (1, 2, 2, 2, 144)
+    assert records[0].received.shape == (1, 4, 4)
+    # of 144 cells of the window 16 lie in the map
+    torch.testing.assert_close(records[0].received, torch.full((1, 4, 4), 9.0), rtol=1e-6, atol=0)
 
 
 def test_hooks_are_removed():
@@ -87,7 +123,7 @@ def test_constant_maps_attend_uniformly():
     for name, parameter in model.named_parameters():
         if "relative_position_bias" in name:
             nn.init.zeros_(parameter)
-    module = next(module for module in model.modules() if hasattr(module, "attention_weights"))
+    module = next(module for module in model.modules() if isinstance(module, AttentionModule))
     channels = module.qkv.in_features
     _, records = run(nn.Sequential(module), torch.ones(1, 9, 11, channels))
     # A sum of at most some hundred weights on either side of a quotient.

@@ -4,11 +4,10 @@ import pytest
 import timm
 import torch
 from golden import fill
-from timm.models import model_entrypoint
 from torch import nn
 
-import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert
+from vicinal.zoo.names import variants
 
 TOO_LARGE = {"davit_giant"}  # two of it are 11 GB
 SIZES = {"maxvit_tiny": (224, 384, 512), "maxvit_small": (224, 384, 512)}
@@ -16,13 +15,13 @@ SIZES = {"maxvit_tiny": (224, 384, 512), "maxvit_small": (224, 384, 512)}
 
 def counterparts() -> list[tuple[str, str, dict[str, int]]]:
     """Our name, timm's, and options for ours; MaxViT's weights of three sizes make one network of ours."""
-    ours = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("vicinal.")]
+    ours = variants()
     found = []
     for name in ours:
         plain = name.removesuffix("_vicinal")
         if plain in TOO_LARGE:
             continue
-        if name != plain and timm.is_model(plain) and not model_entrypoint(plain).__module__.startswith("vicinal."):
+        if name != plain and timm.is_model(plain) and plain not in ours:
             found.append((name, plain, {}))
         elif name.startswith("maxvit_") and timm.is_model(f"{name}_tf_224"):
             found += [(name, f"{name}_tf_{size}", {"img_size": size}) for size in SIZES.get(name, (224,))]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vicinal.zoo  # noqa: F401
-from vicinal.zoo.biformer import (
-    EnhancedAttention,
+from vicinal.zoo.blocks.attention import GlobalAttention
+from vicinal.zoo.blocks.routed import (
     ProjectedRoutedAttention,
     RoutedAttention,
     choose_routes,
@@ -95,16 +95,16 @@ def test_both_forms_agree_where_nothing_is_padded():
     torch.testing.assert_close(first(x), second(x), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("encode_values", [False, True])
+@pytest.mark.parametrize("encoding", ["input", "values"])
 @torch.no_grad()
-def test_the_last_stage_is_enhanced_by_its_inputs_or_its_values(encode_values: bool):
-    attention = double(EnhancedAttention(16, 8, encode_values=encode_values, qkv_bias=False))
+def test_the_last_stage_is_enhanced_by_its_inputs_or_its_values(encoding: str):
+    attention = double(GlobalAttention(16, 8, local_encoding=encoding, qkv_bias=False))
     x = tokens(1, 5, 6, 16)
     query, key, value = (
         part.flatten(1, 2).unflatten(2, [8, 2]).transpose(1, 2) for part in attention.qkv(x).chunk(3, -1)
     )
     attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-    source = attention.qkv(x)[..., 32:] if encode_values else x
+    source = attention.qkv(x)[..., 32:] if encoding == "values" else x
     expected = attention.proj(attended + attention.lepe(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     torch.testing.assert_close(attention(x), expected, rtol=1e-9, atol=1e-9)
 
@@ -122,12 +122,12 @@ def test_attention_maps_lie_on_the_map(form: type[RoutedAttention]):
     """The weights of a query, on all tokens of the map, weigh the values as the operator does."""
     attention = double(form(8, 2, grid=3, topk=4))
     x = tokens(2, 6, 9, 8)
-    query, key, value = attention.project(x).unbind(3)
+    value = attention.project(x)[:, :, :, 2]
     weights = attention.attention_weights(x)
     assert weights.shape == (2, 6, 9, 2, 54)
     assert ((weights > 0).sum(-1) == 4 * 6).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    torch.testing.assert_close(attention.aggregate(weights, value), attention.attend(query, key, value))
+    torch.testing.assert_close(attention.aggregate(weights, value), attention.attend_packed(attention.project(x)))
 
 
 def test_padding_has_the_rest_of_the_attention():

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert, save_model
-from vicinal.zoo.convit import ConViT, GatedPositionalAttention
+from vicinal.zoo.blocks.gated import GatedPositionalAttention
+from vicinal.zoo.convit import ConViT
 
 
 def image(*shape: int) -> Tensor:

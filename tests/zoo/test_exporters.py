@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vicinal.zoo import accelerate
-from vicinal.zoo.biformer import RoutedAttention
 from vicinal.zoo.blocks.attention import GlobalAttention, NeighborhoodAttention, WindowAttention
 from vicinal.zoo.blocks.bottleneck import BottleneckAttention
 from vicinal.zoo.blocks.embed import ConvEmbed, PatchMerging
 from vicinal.zoo.blocks.halo import HaloAttention
-from vicinal.zoo.litv2 import HiLoAttention
+from vicinal.zoo.blocks.hilo import HiLoAttention
+from vicinal.zoo.blocks.routed import RoutedAttention
 from vicinal.zoo.maxvit import MBConv
 
 names = pytest.mark.parametrize("name", NAMES)

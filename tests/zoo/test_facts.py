@@ -17,9 +17,9 @@ from torch import nn
 
 import vicinal.zoo  # noqa: F401
 from vicinal.zoo import halonet
-from vicinal.zoo.biformer import EnhancedAttention, RoutedAttention
-from vicinal.zoo.blocks.attention import GlobalAttention, NeighborhoodAttention, WindowAttention
-from vicinal.zoo.convit import GatedPositionalAttention
+from vicinal.zoo.blocks.attention import GlobalAttention, NeighborhoodAttention, PackedAttention, WindowAttention
+from vicinal.zoo.blocks.gated import GatedPositionalAttention
+from vicinal.zoo.blocks.routed import RoutedAttention
 
 FAMILIES = ("nat", "dinat", "davit", "shvit", "litv2", "maxvit", "transnext", "convit", "halonet", "biformer")
 
@@ -232,7 +232,7 @@ READERS: dict[str, dict[str, Reader]] = {
             attn.qkv.in_features // attn.num_heads for stage in routed(model) for attn in stage
         ),
         "side_dwconv": lambda model: only(
-            attn.lepe.kernel_size[0] for stage in mixers(model, EnhancedAttention) for attn in stage
+            attn.lepe.kernel_size[0] for stage in mixers(model, PackedAttention) for attn in stage
         ),
         "norm_eps": norm_eps,
         "bn_eps": batch_norm_eps,

@@ -1,6 +1,7 @@
 """The models as graphs: torch.compile, torch.export and ONNX keep the numbers, at sizes other than the traced one."""
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -10,23 +11,12 @@ from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.export import Dim
 
-import vicinal.zoo  # noqa: F401
+from vicinal.zoo.names import variants
 
 # One of each family and layout, debug-sized. vitrpb is cut to two blocks.
-MODELS = {
-    "nat_pico": {},
-    "dinat_pico": {},
+MODELS: dict[str, dict[str, Any]] = {name: {} for name in variants("*_pico*")} | {
     "dinat_s_tiny": {"embed_dim": 32, "depths": (1, 2), "num_heads": (1, 2), "dilations": (1, 2), "kernel_size": 3},
     "vitrpb_small": {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64},
-    "davit_pico_vicinal": {},
-    "shvit_pico_vicinal": {},
-    "litv2_pico": {},
-    "convit_pico_vicinal": {},
-    "maxvit_pico": {},
-    "transnext_pico": {},
-    "halonet_pico": {},
-    "lamhalobotnet_pico": {},
-    "biformer_pico": {},
 }
 # Even and odd maps, divisible by nothing in particular; the first one traces the graph.
 SIZES = [(2, 64, 96), (1, 72, 81), (3, 131, 70)]

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vicinal.zoo.blocks.deformable import deform_conv2d
-from vicinal.zoo.litv2 import DeformableMerging, HiLoAttention
+from vicinal.zoo.blocks.hilo import HiLoAttention
+from vicinal.zoo.litv2 import DeformableMerging
 
 EPSILON = torch.finfo(torch.float32).eps
 

@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
-from timm.models import model_entrypoint
 from timm.models._features import FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 
-import vicinal.zoo  # noqa: F401
+from vicinal.zoo.blocks import AttentionModule, RoutedAttention
+from vicinal.zoo.names import variants
 
-NAMES = [name for name in timm.list_models("*pico*") if model_entrypoint(name).__module__.startswith("vicinal.")]
+NAMES = variants("*_pico*")
 SMALLEST = [
     "nat_mini",
     "dinat_mini",
@@ -182,23 +182,33 @@ def test_attention_dropout_acts_in_training_alone(name: str):
         assert not torch.equal(dropping(x), dropping(x))
 
 
-@pytest.mark.parametrize("name", ["nat_pico", "dinat_pico", "davit_pico_vicinal", "maxvit_pico"])
+@names
 def test_attention_weights_are_those_that_hooks_see(name: str):
     set_fused_attn(False)
     try:
         model = create(name)
     finally:
         set_fused_attn(True)
-    attention = next(module for module in model.modules() if hasattr(module, "attention_weights"))
-    seen = []
-    attention.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    x = image(1, 9, 7, attention.qkv.in_features)
+    inputs, seen = {}, {}
+    for key, module in model.named_modules():
+        # the weights of routed attention lie on regions, see test_biformer.py
+        if isinstance(module, AttentionModule) and not isinstance(module, RoutedAttention):
+            drop = getattr(module, "attn_drop", None) or module.attn.attn_drop
+            module.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0]}))
+            drop.register_forward_hook(lambda _, args, __, key=key: seen.update({key: args[0]}))
     with torch.no_grad():
-        attention(x)
-        weights = attention.attention_weights(x)
-    assert weights.shape[:3] == (1, 9, 7)
-    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    torch.testing.assert_close(weights, seen[0][:, :9, :7])
+        model(image(2, 3, 76, 92))
+        assert inputs.keys() == seen.keys()
+        assert inputs
+        for key, x in inputs.items():
+            weights, hooked = model.get_submodule(key).attention_weights(x), seen[key]
+            torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+            if hooked.ndim < 5:  # (batch, heads if there are several, queries, keys)
+                hooked = hooked.unflatten(-2, weights.shape[1:3]).reshape(
+                    len(x), -1, *weights.shape[1:3], hooked.shape[-1]
+                )
+                hooked = hooked.permute(0, 2, 3, 1, 4)
+            torch.testing.assert_close(weights, hooked[:, : weights.shape[1], : weights.shape[2]])
 
 
 def test_vit_with_relative_bias_takes_other_sizes_by_resizing_its_tables():

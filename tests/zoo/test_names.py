@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 
 import vicinal.zoo
 from vicinal.checkpoints import RELEASED, ReleasedWeights
-from vicinal.zoo.names import Variant, default_cfgs_of, register_variants
+from vicinal.zoo.names import Variant, default_cfgs_of, families, register_variants, variants
 
 
 def test_names_stand_literally_in_the_tables_of_the_families():
@@ -79,3 +79,16 @@ def test_a_22k_name_has_the_weights_classes_only_with_the_weights():
 def test_all_is_the_network_classes_and_the_entry_points():
     assert "nat_mini" in vicinal.zoo.nat.__all__
     assert vicinal.zoo.nat.nat_mini is model_entrypoint("nat_mini")
+
+
+def test_families_and_their_variants_are_asked_for_by_name():
+    assert families() == sorted(
+        ("biformer", "convit", "davit", "halonet", "litv2", "maxvit", "nat", "shvit", "transnext")
+    )
+    assert variants(family="litv2") == ["litv2_pico", "litv2_small", "litv2_medium", "litv2_base"]
+    assert variants("*_pico*", "halonet") == ["halonet_pico", "lamhalobotnet_pico"]
+    assert sorted(variants()) == sorted(
+        name for name in timm.list_models() if is_ours(name) and name != "attentive_probe"
+    )
+    with pytest.raises(ValueError, match=r"family='lit' is not registered; there are .*litv2"):
+        variants(family="lit")

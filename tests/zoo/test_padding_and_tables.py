@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vicinal.zoo  # noqa: F401
-from vicinal.zoo.blocks.attention import WindowAttention, expand_table
+from vicinal.zoo.blocks.attention import WindowAttention
+from vicinal.zoo.blocks.base import expand_table
 from vicinal.zoo.blocks.bottleneck import resize_relative_table
 from vicinal.zoo.blocks.padding import crop, pad_by_edge, pad_same, pad_to_minimum, pad_to_multiple
 from vicinal.zoo.blocks.position import ContinuousPositionBias

@@ -12,27 +12,15 @@ from pathlib import Path
 import pytest
 import timm
 from filelock import FileLock
-from timm.models import model_entrypoint
 
 import vicinal.zoo
+from vicinal.zoo.names import variants
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 LARGEST = 60e6
 # One debug-sized variant of each family and layout; timm runs eleven tests on every model, and seven more on ours.
-SMALL = [
-    "nat_pico",
-    "dinat_pico",
-    "davit_pico_vicinal",
-    "shvit_pico_vicinal",
-    "litv2_pico",
-    "convit_pico_vicinal",
-    "maxvit_pico",
-    "transnext_pico",
-    "halonet_pico",
-    "lamhalobotnet_pico",
-    "biformer_pico",
-]
+SMALL = variants("*_pico*")
 TESTS_PER_MODEL = 18
 
 
@@ -83,10 +71,8 @@ def expected_tests(name: str) -> int:
 
 
 def list_standard_names() -> list[str]:
-    modules = {name: model_entrypoint(name).__module__ for name in timm.list_models()}
-    ours = [name for name, module in modules.items() if module.startswith("vicinal.") and name != "attentive_probe"]
-    sizes = {name: sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) for name in ours}
-    return sorted((name for name in ours if sizes[name] < LARGEST), key=sizes.get)
+    sizes = {name: sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) for name in variants()}
+    return sorted((name for name, size in sizes.items() if size < LARGEST), key=sizes.get)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,23 +13,22 @@ import torch
 from test_accelerate import CASES
 from test_accelerate import create as create_timms
 from timm.layers import set_fused_attn
-from timm.models import model_entrypoint
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torchvision.ops import deform_conv2d
 
-import vicinal.zoo  # noqa: F401
 from vicinal.kernels import backend
 from vicinal.zoo import accelerate
 from vicinal.zoo.blocks.deformable_formula import deformable_convolution
+from vicinal.zoo.names import variants
 
 STEP = 1e-6
 ACCURACY = 1e-6
 EXACT = 1e-9
 """Of the same network with sums in another order, some of whose attention is nearly one-hot."""
-NAMES = [name for name in timm.list_models("*pico*") if model_entrypoint(name).__module__.startswith("vicinal.")]
+NAMES = variants("*_pico*")
 NATIVE = dict.fromkeys(NAMES, 32) | {name: 64 for name in NAMES if name.startswith(("shvit", "convit"))}
 
 names = pytest.mark.parametrize("name", NAMES)

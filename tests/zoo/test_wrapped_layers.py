@@ -11,13 +11,12 @@ import torch
 from test_accelerate import CASES
 from test_accelerate import create as create_timms
 from test_accelerate import image as image_of
-from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-import vicinal.zoo  # noqa: F401
 from vicinal.zoo import accelerate
+from vicinal.zoo.names import variants
 
-NAMES = [name for name in timm.list_models("*pico*") if model_entrypoint(name).__module__.startswith("vicinal.")]
+NAMES = variants("*_pico*")
 PROBE = "attentive_probe"
 ACCELERATED = ["swin_padded", "maxvit_rmlp", "maxvit_parallel", "coatnet", "davit", "convit", "halonet"]
 

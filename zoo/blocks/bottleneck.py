@@ -3,18 +3,18 @@
 from typing import Callable, Final, Optional, Tuple
 
 import torch
-from timm.layers import make_divisible, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers import make_divisible, register_notrace_function, trunc_normal_
 from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import attend_with_bias
+from .base import AttentionBase, aggregate_all, attend_with_bias
 from .halo import RelativeTables
 from .padding import pad_by_edge
-from .sizes import always
+from .tracing import always
 
 
-class BottleneckAttention(nn.Module):
+class BottleneckAttention(AttentionBase):
     """Attention of a map (B, dim, H, W) of any size; parameters and numbers are those of timm's ``BottleneckAttn``.
 
     Args:
@@ -29,11 +29,14 @@ class BottleneckAttention(nn.Module):
     Shape:
         (B, dim, H, W) to (B, dim_out, ceil(H / stride), ceil(W / stride)).
 
+    Raises:
+        ValueError: ``dim_out`` is not a multiple of ``num_heads``; ``stride`` or ``feat_size`` is none of the above.
+
     Source:
         Srinivas et al., arXiv:2101.11605, section 3. The relative logits come from unscaled queries, as in timm.
     """
 
-    fused_attn: Final[bool]
+    input_fmt = "NCHW"
     pooled: Final[bool]
 
     def __init__(
@@ -48,21 +51,16 @@ class BottleneckAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
-        if dim_out % num_heads:
-            raise ValueError(f"dim_out={dim_out} is not a multiple of num_heads={num_heads}")
+        super().__init__(num_heads, dim_out=dim_out)
+        dd = {"device": device, "dtype": dtype}
         if stride not in (1, 2):
             raise ValueError(f"stride={stride} must be 1 or 2")
         if min(feat_size) < 1:
             raise ValueError(f"feat_size={tuple(feat_size)} must be at least 1 x 1; use a larger img_size")
         self.dim_out = dim_out
-        self.num_heads = num_heads
         self.head_dim = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.pooled = stride == 2
-        self.fused_attn = use_fused_attn()
-        self.attn_drop = nn.Identity()  # no dropout: what the weights pass through, where hooks can read them
         self.qkv = nn.Conv2d(dim, 2 * num_heads * self.head_dim + dim_out, 1, bias=False, **dd)
         self.pos_embed = RelativeTables(feat_size, self.head_dim, **dd)
         self.reset_parameters()
@@ -72,12 +70,16 @@ class BottleneckAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2], x.shape[3]
-        width_qk = self.num_heads * self.head_dim
-        query, key, value = self.qkv(x).flatten(2).split([width_qk, width_qk, self.dim_out], dim=1)
-        query, key, value = self.to_heads(query), self.to_heads(key), self.to_heads(value)
+        query, key, value = self.project(x)
         x = self.attend(query, key, value, self.relative_logits(query, height, width))
         x = x.transpose(2, 3).flatten(1, 2).unflatten(2, [height, width])
         return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
+
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, H * W, channels of a head)."""
+        width_qk = self.num_heads * self.head_dim
+        query, key, value = self.qkv(x).flatten(2).split([width_qk, width_qk, self.dim_out], dim=1)
+        return self.to_heads(query), self.to_heads(key), self.to_heads(value)
 
     def to_heads(self, x: Tensor) -> Tensor:
         """(B, channels, tokens) to (B, heads, tokens, channels of a head)."""
@@ -94,14 +96,38 @@ class BottleneckAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Attention output (B, heads, H * W, dim_out / heads)."""
-        if self.fused_attn:
+        if self.fused_attn and not self.drops_weights():
             return attend_with_bias(query, key, value, bias, self.head_dim**-0.5)
-        scores = query @ key.transpose(2, 3) * self.head_dim**-0.5 + bias
-        return self.attn_drop(scores.softmax(dim=-1)) @ value
+        return self.attn_drop(self.weights(query, key, bias)) @ value
+
+    def weights(self, query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+        """Softmax weights (B, heads, H * W, H * W)."""
+        return (query @ key.transpose(2, 3) * self.head_dim**-0.5 + bias).softmax(dim=-1)
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H, W, heads, H * W) of the queries of a map (B, dim, H, W), before any pooling."""
+        query, key, _ = self.project(x)
+        weights = self.weights(query, key, self.relative_logits(query, x.shape[2], x.shape[3]))
+        return weights.transpose(1, 2).unflatten(1, x.shape[2:])
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of values (B, H, W, heads, channels) by weights, of the shape of ``value``."""
+        return aggregate_all(weights, value)
 
 
 class LambdaAttention(LambdaLayer):
-    """timm's lambda layer; arguments are :class:`timm.layers.LambdaLayer`'s."""
+    """timm's lambda layer, whose gradients are numbers in bfloat16 too.
+
+    Arguments are :class:`timm.layers.LambdaLayer`'s.
+
+    Shape:
+        (B, dim, H, W) to (B, dim_out, H // stride, W // stride): any size with ``r``, else that of ``feat_size``.
+
+    Source:
+        Bello, arXiv:2102.08602, section 3.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -117,7 +143,9 @@ class PositionConv(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[0], x.shape[4]
         padding = [self.padding[0], self.padding[1]]
-        x = F.conv2d(x.permute(0, 4, 1, 2, 3).flatten(0, 1), self.weight.squeeze(4), self.bias, padding=padding)
+        maps, weight = x.permute(0, 4, 1, 2, 3).flatten(0, 1), self.weight.squeeze(4)
+        # a convolution's padding may be a word, this one's is not
+        x = F.conv2d(maps, weight, self.bias, padding=padding)  # type: ignore[arg-type]
         return x.unflatten(0, [batch, channels]).permute(0, 2, 3, 4, 1)
 
     @torch.jit.ignore

@@ -1,14 +1,15 @@
 """Deformable convolution by its formula, for what torchvision's operator has not: a second derivative, forward mode and
 ``torch.func``."""
 
-from typing import Optional, Sequence
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
 
+@torch.jit.unused  # a scripted program holds torchvision's operator
 def deformable_convolution(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Optional[Tensor], stride: Sequence[int]
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Optional[Tensor], stride: Tuple[int, int]
 ) -> Tensor:
     """:func:`torchvision.ops.deform_conv2d` without padding, dilation, groups and mask.
 
@@ -38,9 +39,10 @@ def sample(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Values (B, channels, ...) of a map (B, channels, H, W), bilinear, at places (B, ...) in pixels, 0 outside."""
     top, left = y.floor(), x.floor()
     below, right = y - top, x - left
-    corners = ((top, left, (1 - below) * (1 - right)), (top, left + 1, (1 - below) * right))
-    corners += ((top + 1, left, below * (1 - right)), (top + 1, left + 1, below * right))
-    return sum(_read(image, row, column) * share[:, None] for row, column, share in corners)
+    output = _read(image, top, left) * ((1 - below) * (1 - right))[:, None]
+    output = output + _read(image, top, left + 1) * ((1 - below) * right)[:, None]
+    output = output + _read(image, top + 1, left) * (below * (1 - right))[:, None]
+    return output + _read(image, top + 1, left + 1) * (below * right)[:, None]
 
 
 def _read(image: Tensor, row: Tensor, column: Tensor) -> Tensor:

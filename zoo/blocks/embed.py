@@ -13,6 +13,13 @@ class ChannelsLastBatchNorm(nn.Module):
     """Batch norm of a channels-last map (B, H, W, dim).
 
     It holds torch's module, so that what converts or freezes batch norms finds it.
+
+    Args:
+        dim: channels.
+        eps: added to the variance.
+
+    Shape:
+        (B, H, W, dim) to the same.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
@@ -83,7 +90,16 @@ class ConvEmbed(nn.Module):
 
 
 class PatchMerging(swin_transformer.PatchMerging):
-    """Swin's downsampling, 2 x 2 tokens to one, of a map (B, H, W, dim) of any size; timm's cannot be exported so."""
+    """Swin's downsampling, 2 x 2 tokens to one, of a map of any size; timm's cannot be exported so.
+
+    Arguments are those of timm's, ``(dim, out_dim)``.
+
+    Shape:
+        (B, H, W, dim) to (B, ceil(H / 2), ceil(W / 2), out_dim).
+
+    Source:
+        Liu et al., arXiv:2103.14030, section 3.1.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, [2, 2])

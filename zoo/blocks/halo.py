@@ -3,14 +3,15 @@
 from typing import Final, Optional, Tuple
 
 import torch
-from timm.layers import make_divisible, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers import make_divisible, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import halo_attention
 from ...kernels.halo import aggregate, halo_attention_scores
-from .attention import becomes_program
+from ...kernels.scripted import halo_attention
+from .base import AttentionBase
 from .padding import crop, pad_by_edge, pad_to_multiple
+from .tracing import is_exporting
 
 # torch.fx takes each as one step, with the softmax between them.
 register_notrace_function(halo_attention_scores)
@@ -33,7 +34,7 @@ class RelativeTables(nn.Module):
         trunc_normal_(self.width_rel, std=std)
 
 
-class HaloAttention(nn.Module):
+class HaloAttention(AttentionBase):
     """Halo attention of a map (B, dim, H, W) of any size; parameters and numbers are those of timm's ``HaloAttn``.
 
     A map that blocks do not divide is padded with zeros at the bottom and right.
@@ -54,12 +55,15 @@ class HaloAttention(nn.Module):
     Shape:
         (B, dim, H, W) to (B, dim_out, ceil(H / stride), ceil(W / stride)).
 
+    Raises:
+        ValueError: ``dim_out`` is not a multiple of ``num_heads``; ``stride`` is neither 1 nor 2.
+
     Source:
         Vaswani et al., arXiv:2103.12731, section 2.2. The relative logits come from unscaled queries, and a query's
         row and column are counted within its block of queries, as in timm.
     """
 
-    fused_attn: Final[bool]
+    input_fmt = "NCHW"
     mask_padding: Final[bool]
     pooled: Final[bool]
 
@@ -78,15 +82,12 @@ class HaloAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
-        if dim_out % num_heads:
-            raise ValueError(f"dim_out={dim_out} is not a multiple of num_heads={num_heads}")
+        super().__init__(num_heads, dim_out=dim_out)
+        dd = {"device": device, "dtype": dtype}
         if stride not in (1, 2):
             raise ValueError(f"stride={stride} must be 1 or 2")
         self.dim_out = dim_out
-        self.num_heads = num_heads
         self.head_dim = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.block_size = block_size
         self.halo_size = halo_size
@@ -99,8 +100,6 @@ class HaloAttention(nn.Module):
         dim_qk = num_heads * self.head_dim
         self.q = nn.Conv2d(dim, dim_qk, 1, stride=self.query_stride, bias=False, **dd)
         self.kv = nn.Conv2d(dim, dim_qk + dim_out, 1, bias=False, **dd)
-        self.fused_attn = use_fused_attn()
-        self.attn_drop = nn.Identity()  # no dropout: what the weights pass through, where hooks can read them
         self.pos_embed = RelativeTables((self.window_size, self.window_size), self.head_dim, **dd)
         self.reset_parameters()
 
@@ -109,6 +108,17 @@ class HaloAttention(nn.Module):
             trunc_normal_(projection.weight, std=projection.in_channels**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2], x.shape[3]
+        query, key, value, rows, columns = self.project(x)
+        if self.is_fused():
+            x = self.attend(query, key, value, rows, columns).flatten(3)
+        else:
+            x = self.attend_by_weights(query, key, value, rows, columns).flatten(3)
+        x = self.crop_queries(x, height, width).permute(0, 3, 1, 2)
+        return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
+
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, W, heads, channels) of the padded map, and the relative logits per axis."""
         height, width = x.shape[2], x.shape[3]
         # the permuted view has channels-last strides, in which the heads lie as the operator takes them
         x = pad_to_multiple(x.permute(0, 2, 3, 1), [self.block_size, self.block_size]).permute(0, 3, 1, 2)
@@ -121,14 +131,13 @@ class HaloAttention(nn.Module):
         if self.mask_padding:
             rows = rows + self.mask(query.shape[1], height, rows)[:, None, None, :]
             columns = columns + self.mask(query.shape[2], width, columns)[:, None, :]
-        if self.fused_attn or becomes_program():
-            x = self.attend(query, key, value, rows, columns).flatten(3)
-        else:
-            x = self.attend_by_weights(query, key, value, rows, columns).flatten(3)
+        return query, key, value, rows, columns
+
+    def crop_queries(self, x: Tensor, height: int, width: int) -> Tensor:
+        """What is (B, H', W', ...) for the queries of the padded map, for those of a map of this height and width."""
         step = self.query_stride
         # in the form of a strided convolution's output, which torch.export knows to be equal to the shortcut's
-        x = crop(x, (height - 1) // step + 1, (width - 1) // step + 1).permute(0, 3, 1, 2)
-        return F.avg_pool2d(pad_by_edge(x, 2), 2) if self.pooled else x
+        return crop(x, (height - 1) // step + 1, (width - 1) // step + 1)
 
     def mask(self, queries: int, size: int, like: Tensor) -> Tensor:
         """0 for cells inside the map and -inf outside, (queries of the axis, window)."""
@@ -136,25 +145,35 @@ class HaloAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Attention output (B, H, W, heads, dim_out / heads)."""
-        if torch.jit.is_scripting():
-            return torch.ops.vicinal.halo_attention(
-                query, key, value, self.block_size, self.halo_size, rows, columns, False, None
-            )[0]
-        return halo_attention(
-            query,
-            key,
-            value,
-            self.block_size,
-            self.halo_size,
-            relative_height_logits=rows,
-            relative_width_logits=columns,
-        )
+        return halo_attention(query, key, value, self.block_size, self.halo_size, rows, columns)
 
     @torch.jit.unused
     def attend_by_weights(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The same, with the weights (B, H, W, heads, keys) passing through ``attn_drop``."""
         weights = halo_attention_scores(query, key, self.block_size, self.halo_size, rows, columns).softmax(dim=-1)
         return aggregate(self.attn_drop(weights), value, self.block_size, self.halo_size)
+
+    @torch.jit.ignore
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax weights (B, H', W', heads, window ** 2) of the queries of a map (B, dim, H, W), padding cropped.
+
+        Without ``mask_padding`` cells outside the map have weights too.
+        """
+        query, key, _, rows, columns = self.project(x)
+        weights = halo_attention_scores(query, key, self.block_size, self.halo_size, rows, columns).softmax(dim=-1)
+        return self.crop_queries(weights, x.shape[2], x.shape[3])
+
+    @torch.jit.ignore
+    def aggregate(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sum of the values (B, H, W, heads, channels) of a map by weights, (B, H', W', heads, channels)."""
+        height, width = value.shape[1:3]
+        weights, value = pad_heads(weights, self.query_block), pad_heads(value, self.block_size)
+        return self.crop_queries(aggregate(weights, value, self.block_size, self.halo_size), height, width)
+
+
+def pad_heads(x: Tensor, multiple: int) -> Tensor:
+    """Pad (B, H, W, heads, channels) with zeros so that its height and width are multiples of ``multiple``."""
+    return pad_to_multiple(x.flatten(3), [multiple, multiple]).unflatten(3, x.shape[3:])
 
 
 def relative_logits(
@@ -170,10 +189,7 @@ def relative_logits(
     """
     rows = height_rel[_offsets(query.shape[1], query_block, window_size, query)]  # (H, window, head_dim)
     columns = width_rel[_offsets(query.shape[2], query_block, window_size, query)]
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:
+    if is_exporting():
         # slower, with heads before the free axis: torch.export can split a constant off a product, not a symbol
         rows = torch.einsum("byxhd,ykd->byhxk", query, rows).transpose(2, 3).contiguous()
         columns = torch.einsum("byxhd,xkd->bxhyk", query, columns).permute(0, 3, 1, 2, 4).contiguous()

@@ -17,7 +17,8 @@ class DepthwiseConv(nn.Conv2d):
     def reset_parameters(self) -> None:
         # He's normal initialisation; an input of a depthwise kernel feeds nine outputs
         nn.init.normal_(self.weight, std=math.sqrt(2 / 9))
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class DepthwiseMlp(nn.Module):

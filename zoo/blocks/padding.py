@@ -7,7 +7,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sizes import always, is_compiling, larger
+from .tracing import always, is_compiling, larger
 
 
 @register_notrace_function

@@ -11,7 +11,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sizes import always, larger
+from .tracing import always, larger
 
 
 @register_notrace_function

@@ -8,11 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pooling import cell_bounds, pooled_size
-from .sizes import always, is_compiling
+from .tracing import always, is_compiling
 
 
 class ConvPositionEncoding(nn.Module):
-    """Adds a depthwise convolution of a channels-last map (B, H, W, C) to it, which tells tokens where they are.
+    """Adds a depthwise convolution of a channels-last map to it, which tells tokens where they are.
+
+    Args:
+        dim: channels.
+        kernel_size: of the convolution, odd.
+
+    Shape:
+        (B, H, W, dim) to the same.
 
     Source: conditional position encodings (Chu et al., arXiv:2102.10882), as DaViT and BiFormer place them.
     """
@@ -38,6 +45,9 @@ class ContinuousPositionBias(nn.Module):
         pretrain_size: side of the map in training.
         interpolated: compute the bias for the map of training and resize it bilinearly to other maps.
         hidden_dim: width of the network.
+
+    Shape:
+        A map (B, H, W, C), of which size and dtype count, to (heads, H * W, pooled H * pooled W) in its dtype.
 
     Source:
         Liu et al., Swin Transformer V2 (arXiv:2111.09883), section 3.3, between tokens; Shi, TransNeXt

@@ -24,6 +24,13 @@ class TransformerBlock(nn.Module):
         norm_eps: of both norms.
         act_layer: class of the MLP's activation.
         mlp: feed-forward network on such maps, in place of the linear one that the other options describe.
+
+    Shape:
+        (B, H, W, dim) to the same, or what ``attn`` takes besides, such as tokens (B, N, dim) without encodings.
+
+    Source:
+        Vaswani et al., arXiv:1706.03762, section 3.1, with norms first; layer scale: Touvron et al., arXiv:2103.17239,
+        section 2.
     """
 
     def __init__(
@@ -47,7 +54,7 @@ class TransformerBlock(nn.Module):
         scale: Callable[[], nn.Module] = nn.Identity
         if init_values is not None:
             scale = partial(LayerScale, dim, init_values=init_values, **dd)
-        encodings = [ConvPositionEncoding(dim, **dd) for _ in range(position_encodings)]
+        encodings: list[nn.Module] = [ConvPositionEncoding(dim, **dd) for _ in range(position_encodings)]
         encodings += [nn.Identity() for _ in range(2 - position_encodings)]
         self.cpe1, self.cpe2 = encodings
         self.norm1 = norm()

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -70,7 +70,7 @@ class VicinalBackbone(BaseModule):
         super().__init__(init_cfg)
         self.name, self.model_args, self.pretrained = model, model_args, pretrained
         self.norm_eval, self.input_multiple = norm_eval, input_multiple
-        self.model = timm.create_model(model, num_classes=0, **model_args)
+        self.model = cast(Any, timm.create_model(model, num_classes=0, **model_args))
         self.out_indices = choose_stages(model, self.model, out_indices)
         levels = [self.model.feature_info[index] for index in self.out_indices]
         self.channels = [level["num_chs"] for level in levels]
@@ -144,7 +144,7 @@ def is_weight_file(pretrained: bool | str) -> bool:
     return len(path.parts) > 1 or path.suffix in (".pth", ".pt", ".bin", ".safetensors") or path.is_dir()
 
 
-def choose_stages(name: str, model: nn.Module, out_indices: Sequence[int] | None) -> tuple[int, ...]:
+def choose_stages(name: str, model: Any, out_indices: Sequence[int] | None) -> tuple[int, ...]:
     """Non-negative indices of the stages wanted; None takes the last four, or all of fewer."""
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"model={name!r} has no forward_intermediates: timm gives no maps of its stages")
@@ -169,7 +169,7 @@ def build_output_norms(kinds: str | Sequence[str | None] | None, channels: Seque
     )
 
 
-def stage_of_parameters(model: nn.Module, coarse: bool = True) -> dict[str, int]:
+def stage_of_parameters(model: Any, coarse: bool = True) -> dict[str, int]:
     """Parameter name -> 0 for the stem, 1... for the stages (or, with ``coarse`` False, the blocks) after it."""
     matcher = model.group_matcher(coarse=coarse)
     layers = group_with_matcher(model.named_parameters(), matcher, reverse=True)
@@ -210,7 +210,7 @@ def convert_backbone(name: str, state_dict: dict[str, Tensor], backbone: Vicinal
     return {**norms, **{f"model.{key}": rest[key] for key in wanted}}
 
 
-def _is_head(key: str, model: nn.Module) -> bool:
+def _is_head(key: str, model: Any) -> bool:
     classifiers = model.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     return key.startswith(("head.", *classifiers))

@@ -228,7 +228,7 @@ _SIZE_NAMES = {
 }
 
 
-def _geometry(sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
+def _geometry(sizes: dict[str, int]) -> dict[str, Any]:
     """torchvision's arguments from MMCV's; groups follow from the shapes of the tensors."""
     return {
         argument: next((sizes[height], sizes[width]) for height, width in names if height in sizes)
@@ -286,7 +286,8 @@ def ms_deform_attn_backward(
     """Gradients of :func:`ms_deform_attn_forward` to values, locations and weights."""
 
     def attend(*inputs: Tensor) -> Tensor:
-        return _ms_deform_attn(*inputs, spatial_shapes)
+        value, locations, weights = inputs
+        return _ms_deform_attn(value, locations, weights, spatial_shapes)
 
     inputs = [value, sampling_locations, attention_weights]
     _write([grad_value, grad_sampling_locations, grad_attention_weights], _gradients(attend, inputs, grad_output))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
@@ -33,7 +34,7 @@ class AutocastOptimWrapper(AmpOptimWrapper):
         self.device_type = self.optimizer.param_groups[0]["params"][0].device.type
         self.cast_dtype = getattr(torch, dtype)
         self._scale_update_param = None if loss_scale == "dynamic" else float(loss_scale)
-        start = {} if loss_scale == "dynamic" else {"init_scale": float(loss_scale)}
+        start: dict[str, Any] = {} if loss_scale == "dynamic" else {"init_scale": float(loss_scale)}
         self.loss_scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == "float16", **start)
 
     @contextmanager
@@ -71,7 +72,7 @@ class BackboneOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         layers = stage_of_parameters(backbone.model, coarse=False)
         top = max(layers.values()) + 1
         exempt = _exempt_parameters(backbone.model) if self.paramwise_cfg.get("model_no_decay") else set()
-        scales = getattr(backbone.model, "learning_rate_scales", dict)()
+        scales: dict[str, float] = getattr(backbone.model, "learning_rate_scales", dict)()
         groups = {id(parameter): group for group in params for parameter in group["params"]}
         for name, parameter in backbone.model.named_parameters():
             group = groups[id(parameter)]
@@ -81,6 +82,6 @@ class BackboneOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 group["weight_decay"] = 0.0
 
 
-def _exempt_parameters(model: nn.Module) -> set[str]:
+def _exempt_parameters(model: Any) -> set[str]:
     named = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     return named | {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}

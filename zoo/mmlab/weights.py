@@ -45,8 +45,8 @@ SAFE_TYPES = [
     HistoryBuffer,
     np.ndarray,
     np.dtype,
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]  # private: what the pickle of an array names
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]  # the same of a number
     *(type(np.dtype(kind)) for kind in _SCALAR_DTYPES),
 ]
 
