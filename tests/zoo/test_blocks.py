@@ -130,7 +130,6 @@ def test_what_is_exported_is_tested_here_and_says_what_it_is():
         (lambda: blocks.WindowAttention(16, 2, local_encoding="keys"), "local_encoding='keys' must be \"values\""),
         (lambda: blocks.NeighborhoodAttention(16, 2, 0), "kernel_size=0 must be one positive number"),
     ],
-    ids=str,
     ids=lambda value: value if isinstance(value, str) else "layer",
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(build: Callable[[], nn.Module], message: str):
