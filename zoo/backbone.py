@@ -326,11 +326,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Backbone) -> dict[st
     """
     adapted = model.adapt_state_dict(state_dict)
     cfg = getattr(model, "pretrained_cfg", {})
-    classifier = cfg.get("classifier", "head.fc")
+    classifier, ours = cfg.get("classifier", "head.fc"), model.state_dict()
     given, expected = (
-        {key: value for key, value in tensors.items() if not belongs_to(key, classifier)}
-        for tensors in (adapted, model.state_dict())
+        {key: value for key, value in tensors.items() if not belongs_to(key, classifier)} for tensors in (adapted, ours)
     )
+    if model.num_classes == 0:
+        # A network without a classifier has nothing of what stands before it either, such as SHViT's batch norm.
+        given = {key: value for key, value in given.items() if key in ours or not key.startswith("head.")}
     if problems := describe_misfit(dict.fromkeys(given), dict.fromkeys(expected)):
         raise ValueError(f"not the weights of this {cfg.get('architecture', type(model).__name__)}: {problems}")
     return adapted

@@ -13,6 +13,7 @@ from golden import Golden, list_golden
 
 import vicinal.zoo  # noqa: F401
 from vicinal.checkpoints import convert, save_model
+from vicinal.zoo.names import variants
 
 FAMILIES = ("nat", "dinat", "davit", "shvit", "maxvit", "litv2", "convit", "halonet", "biformer")
 BY_NAME = {golden.name: golden for golden in list_golden(*FAMILIES, "transnext") if not golden.model_args}
@@ -170,3 +171,18 @@ def test_global_attention_tables_are_resized_to_another_image_size(served: tuple
         resized_on_the_fly, resized_on_loading = at_224(image), at_288(image)
     # two interpolations of the same table: close, and unlike the network without any bias
     assert (resized_on_the_fly - resized_on_loading).norm() < 0.05 * resized_on_loading.norm()
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 0}, {"num_classes": 3}, {"features_only": True}], ids=str)
+@pytest.mark.parametrize("name", [name for name in variants() if "_pico" in name])
+def test_whole_weights_load_into_a_network_with_less_or_another_head(name: str, options: dict, tmp_path: Path):
+    whole = timm.create_model(name).state_dict()
+    torch.save(whole, tmp_path / "whole.pth")
+    overlay = {"file": str(tmp_path / "whole.pth")}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    loaded = {key.removeprefix("model."): value for key, value in model.state_dict().items()}
+    classifiers = model.pretrained_cfg["classifier"] if "num_classes" in options else ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    for key, value in loaded.items():
+        if not key.startswith(classifiers):
+            assert torch.equal(value, whole[key]), key

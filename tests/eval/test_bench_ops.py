@@ -93,7 +93,6 @@ def test_peak_counts_what_a_call_holds_at_a_time() -> None:
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["operators"]) == 2
     assert command.main(["--help"]) == 0
     assert "vicinal bench ops" in capsys.readouterr().out
     for arguments, message in {
@@ -105,5 +104,6 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             command.main(["ops", *arguments])
-    assert command.main(["opps"]) == 2
-    assert capsys.readouterr().err.strip().endswith("unknown benchmark 'opps'; did you mean ops?")
+    for benchmark in ("opps", "operators"):
+        with pytest.raises(UserError, match=f"unknown benchmark '{benchmark}'; did you mean ops"):
+            command.main([benchmark])

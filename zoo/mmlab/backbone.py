@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ...checkpoints import load
 from ...timm_internals import group_with_matcher
 from ...torch_internals import BatchNorm
+from ..backbone import Backbone
 
 OUTPUT_NORMS = {"layer": partial(LayerNorm2d, eps=1e-5)}
 
@@ -197,8 +198,10 @@ def convert_backbone(name: str, state_dict: dict[str, Tensor], backbone: Vicinal
     norms, rest = _split_output_norms(state_dict, backbone)
     rest = {key.removeprefix("model."): value for key, value in rest.items()}
     full = timm.create_model(name, num_classes=0, **backbone.model_args)
-    adapt = getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
-    rest = adapt(rest, full) if adapt else rest
+    if isinstance(full, Backbone):
+        rest = full.adapt_state_dict(rest)  # what fits is held against the pruned network below
+    elif adapt := getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None):
+        rest = adapt(rest, full)
     wanted = backbone.model.state_dict()
     # files of old or of exported networks lack the counters of batch norms
     rest = {**{key: value for key, value in wanted.items() if key.endswith(".num_batches_tracked")}, **rest}
