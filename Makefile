@@ -1,6 +1,6 @@
 # Each target prepares .venv by itself: a bare clone needs nothing but python3 and make.
 PYTHON ?= python3
-CONSTRAINTS ?= constraints.txt
+CONSTRAINTS := constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
