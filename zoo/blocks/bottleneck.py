@@ -151,7 +151,8 @@ class PositionConv(nn.Conv3d):
     @torch.jit.ignore
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # as the weight of the convolution that it is: torch.channels_last is a layout of four axes
-        return super()._apply(lambda x: fn(x.squeeze(4)).unsqueeze(4) if x.ndim == 5 else fn(x), recurse)
+        # not super(): TorchScript binds the method to a module of a class of its own
+        return nn.Module._apply(self, lambda x: fn(x.squeeze(4)).unsqueeze(4) if x.ndim == 5 else fn(x), recurse)
 
 
 @register_notrace_function
