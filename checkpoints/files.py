@@ -125,7 +125,9 @@ def _read(path: Path, is_safetensors: bool) -> dict[str, Tensor]:
     except Exception as error:  # a file that is no checkpoint makes whatever it likes of an unpickler: KeyError 101
         # With the type: some messages are a bare number or name.
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise ValueError(f"cannot read weights from {str(path)!r}: {reason}") from error
+        kind = "safetensors file" if is_safetensors else "PyTorch checkpoint"
+        why = f"it is no whole {kind} of tensors ({reason})" if path.stat().st_size else "the file is empty"
+        raise ValueError(f"cannot read weights from {str(path)!r}: {why}") from error
     try:
         return unwrap(checkpoint)
     except ValueError as error:
